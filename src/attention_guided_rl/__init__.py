@@ -1,0 +1,1 @@
+"""Attention-guided reinforcement learning: a language model learns to direct its own reading."""

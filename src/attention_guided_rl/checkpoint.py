@@ -1,0 +1,201 @@
+"""Checkpoints: what a run needs to go on bit for bit, written so that a reader sees a whole checkpoint or none.
+
+A checkpoint is staged in a hidden folder; a manifest with the SHA-256 of every file and the length of every log is
+written last; everything is fsynced; a rename is the commit point. Random numbers need no saving: they are counter-based.
+
+    checkpoints/update-000050/{adapter/ | model/, optimizer.safetensors, state.json, manifest.json}
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from attention_guided_rl.data.pairs import Position
+from attention_guided_rl.errors import CheckpointError, StorageError
+from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.rl_agent import AgentState, RunningMoments
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """Everything that changes from update to update, apart from weights and optimiser moments."""
+
+    update: int = 0
+    """Updates done."""
+    temperature: float
+    """τ of the selection softmax."""
+    agent: AgentState = field(default_factory=AgentState)
+    position: Position = field(default_factory=Position)
+    empty_updates: int = 0
+    """Updates without an optimiser step because no row was kept or every advantage was 0."""
+    nonfinite_updates: int = 0
+    """Updates skipped because a number was not finite."""
+    nonfinite_in_a_row: int = 0
+
+
+def checkpoint_path(run: Path, update: int) -> Path:
+    """Return the folder of the checkpoint after this many updates."""
+    return run / "checkpoints" / f"update-{update:06d}"
+
+
+def save_checkpoint(
+    run: Path,
+    state: RunState,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    log_lengths: Mapping[str, int],
+    readme: str,
+) -> Path:
+    """Write a checkpoint and return its folder.
+
+    Raises:
+        StorageError: the disk refused; the checkpoints before it are untouched.
+    """
+    final = checkpoint_path(run, state.update)
+    staged = final.parent / f".staged-{final.name}"
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        weights = staged / ("model" if model.peft_model is None else "adapter")
+        model.save(str(weights))
+        (weights / "README.md").write_text(readme, encoding="utf-8")
+        save_file(_moments(model, optimizer), staged / "optimizer.safetensors")
+        (staged / "state.json").write_text(json.dumps(asdict(state), indent=1, allow_nan=False), encoding="utf-8")
+        _write_manifest(staged, log_lengths)
+        if final.exists():  # the same update written again, say after a resume
+            shutil.rmtree(final)
+        os.rename(staged, final)
+        _fsync(final.parent)
+    except OSError as error:
+        raise StorageError(f"{final}: cannot write the checkpoint: {error.strerror or error}") from error
+    return final
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """Return the newest checkpoint that verifies.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = sorted((run / "checkpoints").glob("update-*"), reverse=True)
+    problems = []
+    for path in found:
+        try:
+            verify(path)
+            return path
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise CheckpointError(f"{run}: no usable checkpoint" + (f" ({'; '.join(problems)})" if problems else ""))
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint against its manifest and return the manifest.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, extra or changed.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        listed: dict[str, str] = manifest["sha256"]
+        if manifest["schema"] != SCHEMA:
+            raise CheckpointError(f"{path}: written with schema {manifest['schema']}, this version reads {SCHEMA}")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path}: manifest.json is missing or damaged") from None
+    present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {"manifest.json"}
+    for name in sorted(present ^ set(listed)):
+        raise CheckpointError(f"{path}: {name} is {'not in the manifest' if name in present else 'missing'}")
+    for name, digest in listed.items():
+        if _sha256(path / name) != digest:
+            raise CheckpointError(f"{path}: {name} is damaged (its SHA-256 differs from the manifest)")
+    return manifest
+
+
+def load_checkpoint(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer | None) -> RunState:
+    """Put weights and optimiser moments back and return the state. The checkpoint has been verified."""
+    load_weights(path, model)
+    if optimizer is not None:
+        _restore_moments(model, optimizer, load_file(path / "optimizer.safetensors"))
+    return _read_state(path)
+
+
+def load_weights(path: Path, model: LanguageModel) -> None:
+    """Put a checkpoint's weights into the policy.
+
+    Raises:
+        CheckpointError: they belong to another model or another kind of training.
+    """
+    folder = path / ("model" if model.peft_model is None else "adapter")
+    if not folder.is_dir():
+        raise CheckpointError(f"{path}: has no {folder.name}/; model.adapter differs from the run's")
+    try:
+        model.load(str(folder))
+    except (RuntimeError, KeyError, ValueError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{folder}: does not fit the model: {first_line}") from None
+
+
+def _read_state(path: Path) -> RunState:
+    data = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    agent = data.pop("agent")
+    return RunState(
+        agent=AgentState(
+            scale=agent["scale"],
+            rewards=RunningMoments(**agent["rewards"]),
+            returns=tuple(RunningMoments(**m) for m in agent["returns"]),
+        ),
+        position=Position(**data.pop("position")),
+        **data,
+    )
+
+
+def _moments(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Flatten the optimiser's state to `<parameter>|<moment>`; safetensors cannot nest."""
+    flat = {}
+    for name, parameter in model.named_trainable().items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            flat[f"{name}|{key}"] = value.detach().cpu().contiguous()
+    return flat
+
+
+def _restore_moments(model: LanguageModel, optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_trainable().items():
+        state = {key.rpartition("|")[2]: value for key, value in flat.items() if key.rpartition("|")[0] == name}
+        for key, value in state.items():  # AdamW keeps its step counter on the host
+            optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+
+
+def _write_manifest(staged: Path, log_lengths: Mapping[str, int]) -> None:
+    files = sorted(p for p in staged.rglob("*") if p.is_file())
+    manifest = {
+        "schema": SCHEMA,
+        "sha256": {str(p.relative_to(staged)): _sha256(p) for p in files},
+        "log_bytes": dict(log_lengths),
+    }
+    path = staged / "manifest.json"
+    path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for target in [*files, path, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
+        _fsync(target)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

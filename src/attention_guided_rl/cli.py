@@ -1,0 +1,204 @@
+"""The command line: parse, call, turn errors into one line and an exit code. No logic of its own.
+
+Exit codes: 0 done · 2 usage or configuration · 3 corpus · 4 credentials · 5 remote service · 7 checkpoint · 8 storage ·
+9 non-finite numbers · 12 run folder in use · 13 refused for safety · 70 a bug of ours · 130/143 interrupted, state saved.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from attention_guided_rl.errors import AgrlError, ConfigError
+
+# Everything heavy (torch, transformers) is imported by the command that needs it, so that --help stays fast.
+
+DESCRIPTION = "A language model learns to direct its own reading."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    logging.basicConfig(format="agrl: %(message)s", level=logging.WARNING)
+    warnings.simplefilter("ignore")  # what libraries deprecate is not for the person who reads a run
+    warnings.filterwarnings("always", module=r"attention_guided_rl\.")
+    warnings.showwarning = _show_warning
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(arguments)
+    except AgrlError as error:
+        print(f"agrl: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        print("agrl: interrupted", file=sys.stderr)
+        return 130
+
+
+def entry_point() -> None:
+    """Run as the console command `agrl`."""
+    sys.exit(main())
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    if options.command in ("train", "headroom", "config") and ("--help" in rest or "-h" in rest):
+        _print_config_help(options.command)
+        return 0
+    overrides = parse_overrides(rest)
+    return int(options.run_command(options, overrides))
+
+
+def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
+    """Turn `--section.field VALUE` and `--section.field=VALUE` into {"section.field": value}; values are YAML.
+
+    Raises:
+        ConfigError: something is not of that form.
+    """
+    overrides: dict[str, Any] = {}
+    waiting = list(rest)
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or "." not in name:
+            raise ConfigError(f"command line: unexpected {word!r}; fields are set with --section.field VALUE")
+        if not equals:
+            if not waiting:
+                raise ConfigError(f"command line: {name} needs a value")
+            value = waiting.pop(0)
+        try:
+            overrides[name[2:].replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            overrides[name[2:].replace("-", "_")] = value
+    return overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="agrl", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"agrl {metadata.version('attention-guided-rl')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, run: Any, summary: str, *, configurable: bool) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary, add_help=not configurable)
+        command.set_defaults(run_command=run)
+        if configurable:
+            command.add_argument("--preset", metavar="NAME", help="demo, or a file name in configs/")
+            command.add_argument("--config", metavar="FILE", type=Path, action="append", default=[])
+        return command
+
+    train = add("train", _train, "train a query policy and evaluate it", configurable=True)
+    train.add_argument("--run", metavar="NAME", help="name of the run folder; default: <preset>-<UTC time>")
+    train.add_argument("--resume", action="store_true", help="go on with --run NAME, or with the newest run")
+    train.add_argument("--runs-folder", metavar="FOLDER", type=Path, default=Path("runs"))
+
+    evaluate = add("evaluate", _evaluate, "measure a run against simple readers", configurable=False)
+    evaluate.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/demo-20260101T000000")
+
+    rollout = add("rollout", _rollout, "show one trajectory as a person reads it", configurable=False)
+    rollout.add_argument("run", metavar="RUN", type=Path, nargs="?", help="run folder; without: the untrained model")
+    rollout.add_argument("--preset", metavar="NAME", help="without RUN: the preset to show untrained")
+    rollout.add_argument("--config", metavar="FILE", type=Path, action="append", default=[])
+    rollout.add_argument("--out", metavar="FILE", type=Path, help="also write the orders as orders.jsonl")
+    rollout.add_argument("--articles", metavar="N", type=int, default=1, help="articles to read (the first is shown)")
+
+    add("headroom", _headroom, "measure what there is to win before training", configurable=True)
+    add("config", _config, "print the resolved configuration", configurable=True)
+    return parser
+
+
+def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from attention_guided_rl import runs
+    from attention_guided_rl.config import load_config
+
+    if options.resume:
+        folder = options.runs_folder / options.run if options.run else runs.newest_run(options.runs_folder)
+        files = [runs.run_config(folder), *options.config]
+        config = load_config(files=files, overrides=overrides)
+    else:
+        preset = options.preset or (None if options.config else "demo")
+        folder = runs.new_run_folder(options.run, preset, options.runs_folder)
+        if folder.exists():
+            raise runs.RunInUseError(f"{folder} exists; choose another --run, or add --resume to go on with it")
+        config = load_config(options.preset, options.config, overrides)
+    resume_command = f"agrl train --run {folder.name} --resume"
+    if options.runs_folder != Path("runs"):
+        resume_command += f" --runs-folder {options.runs_folder}"
+    try:
+        result = runs.train(config, folder, resume=options.resume)
+    except AgrlError as error:
+        saved = sorted((folder / "checkpoints").glob("update-*"))
+        if saved and not isinstance(error, ConfigError | runs.RunInUseError):
+            print(f"agrl: saved: {saved[-1]}; to go on: {resume_command}", file=sys.stderr)
+        raise
+    if result.trained.interrupted_by is not None:
+        print(f"agrl: interrupted after update {result.trained.state.update}; saved; to go on: {resume_command}")
+        return 128 + result.trained.interrupted_by
+    print(f"run folder: {result.folder}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from attention_guided_rl import runs
+
+    runs.evaluate(options.run, overrides)
+    return 0
+
+
+def _rollout(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from attention_guided_rl import runs
+    from attention_guided_rl.config import load_config
+
+    if options.articles < 1:
+        raise ConfigError(f"command line: --articles must be at least 1, got {options.articles}")
+    if options.run is not None:
+        session, _ = runs.open_run(options.run, overrides)
+    else:
+        session = runs.open_untrained(load_config(options.preset, options.config, overrides))
+    runs.rollout(session, num_articles=options.articles, out=options.out)
+    return 0
+
+
+def _headroom(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from attention_guided_rl import headroom, runs
+    from attention_guided_rl.config import load_config
+
+    config = load_config(options.preset, options.config, overrides)
+    headroom.measure_headroom(runs.open_untrained(config))
+    return 0
+
+
+def _config(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from attention_guided_rl.config import config_to_yaml, load_config
+
+    print(config_to_yaml(load_config(options.preset, options.config, overrides)), end="")
+    return 0
+
+
+def _print_config_help(command: str) -> None:
+    """Print the command's own options, then every configuration field with type, default and meaning."""
+    import tyro
+
+    from attention_guided_rl.config import Config, load_config
+
+    subparser = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[command]
+    print(subparser.format_help())
+    print("Configuration fields (defaults are those of the preset demo):\n")
+    try:
+        tyro.cli(Config, args=["--help"], default=load_config(), prog=f"agrl {command}", description="")
+    except SystemExit:
+        return
+
+
+def _show_warning(message: Warning | str, *rest: Any, **options: Any) -> None:
+    print(f"agrl: warning: {message}", file=sys.stderr)
+

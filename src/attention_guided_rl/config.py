@@ -1,0 +1,507 @@
+"""Configuration: frozen dataclasses, and how they are made from presets, YAML files and the command line.
+
+Later sources win: dataclass defaults < preset < each `--config FILE` < `--section.field VALUE`. Unknown keys are
+refused with file, key and nearest name; contradictions are refused before any model loads.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from attention_guided_rl.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The language model and how it is trained."""
+
+    name: str = "tiny"
+    """A model of the Hugging Face hub, a folder, or `tiny`, the bundled model of the generated encyclopedia."""
+    revision: str | None = None
+    """Revision on the hub; None: the newest."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights in memory; log-probabilities are always computed in float32."""
+    adapter: Literal["lora", "full"] = "lora"
+    """Train a LoRA adapter (reference = adapter off) or all weights (reference = a frozen copy)."""
+    lora_rank: int = 16
+    """Rank r of the adapter."""
+    lora_alpha: float = 32.0
+    """Scale of the adapter: its output is multiplied by alpha / rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapter, in the update's forward only."""
+
+    def __post_init__(self) -> None:
+        _require(self.lora_rank >= 1, f"model.lora_rank must be at least 1, got {self.lora_rank}")
+        _require(0 <= self.lora_dropout < 1, f"model.lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        _require(
+            self.adapter == "lora" or self.dtype == "float32",
+            "model.adapter: full trains float32 weights (small updates vanish in bfloat16); set model.dtype: float32",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemplateConfig:
+    """How prompt, queries and values become one row of tokens."""
+
+    kind: Literal["auto", "chat", "plain"] = "auto"
+    """`chat`: assistant turn = query, user turn = value; `plain`: the two prefixes; `auto`: chat if the model has one."""
+    prompt: str = "Ask for what to read next."
+    """Instruction at the start of every row."""
+    query_prefix: str = "\nQuery:"
+    """Plain text before each query."""
+    value_prefix: str = "\nPassage:"
+    """Plain text before each value."""
+    date_string: str = "01 Jan 2026"
+    """Date given to chat templates that print today's; fixed, so that a run reads the same tomorrow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusConfig:
+    """Where articles come from."""
+
+    kind: str = "encyclopedia"
+    """`encyclopedia` (generated), `files`, `dump` (Wikipedia XML), or `package.module:name`."""
+    path: Path | None = None
+    """`files`: a file or folder of text, Markdown or JSONL; `dump`: pages-articles XML, plain or bz2."""
+    title: str | None = None
+    """Read only the article with this title, again and again."""
+    shuffle: bool = True
+    """`files`: visit the articles in a new random order in every pass; otherwise in file order."""
+    variant: Literal["threads", "needle", "chain", "null"] = "threads"
+    """`encyclopedia`: what is planted."""
+    subjects: int = 7
+    """`encyclopedia`: subjects of an article."""
+    pairs_per_subject: int = 4
+    """`encyclopedia`: pairs about each subject, at most 8."""
+    seed: int = 1
+    """`encyclopedia`: seed of the articles. Held-out articles are those of another seed."""
+
+    def __post_init__(self) -> None:
+        _require(self.subjects >= 1, f"corpus.subjects must be at least 1, got {self.subjects}")
+        _require(
+            1 <= self.pairs_per_subject <= 8, f"corpus.pairs_per_subject must be 1 to 8, got {self.pairs_per_subject}"
+        )
+        _require(self.seed >= 0, f"corpus.seed must not be negative, got {self.seed}")
+        if self.kind in ("files", "dump"):
+            _require(self.path is not None, f"corpus.kind: {self.kind} needs corpus.path")
+        if self.kind == "encyclopedia":
+            _require(self.path is None, "corpus.path has no meaning for the generated encyclopedia; set corpus.kind")
+            _require(self.title is None, "corpus.title has no meaning for the generated encyclopedia; set corpus.kind")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairsConfig:
+    """How an article is cut into key/value pairs."""
+
+    cut: Literal["tokens", "sentences"] = "tokens"
+    """`tokens`: consecutive runs of key_tokens + value_tokens; `sentences`: consecutive sentences, key then value."""
+    num_pairs: int = 24
+    """N: pairs in the pool of a trajectory."""
+    key_tokens: int = 8
+    """K: tokens of a key (slot length for sentences; longer ones are cut)."""
+    value_tokens: int = 10
+    """L: tokens of a value (slot length for sentences; longer ones are cut)."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_pairs", "key_tokens", "value_tokens"):
+            _require(getattr(self, name) >= 1, f"pairs.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """How trajectories are written. An update reads articles × trajectories rows."""
+
+    articles: int = 8
+    """A: articles per update, over all processes."""
+    trajectories: int = 8
+    """G: trajectories per article; a group shares its pool."""
+    steps: int | Literal["auto"] = 10
+    """S: query/value steps per trajectory; `auto`: as many as fit context_tokens."""
+    query_tokens: int = 8
+    """Q: tokens of a query."""
+    context_tokens: int | None = None
+    """Longest row in tokens; None: the model's maximum."""
+    temperature: float = 1.0
+    """Sampling temperature of query tokens, in the sampler, the policy log-probability and the KL alike."""
+
+    def __post_init__(self) -> None:
+        for name in ("articles", "trajectories", "query_tokens"):
+            _require(getattr(self, name) >= 1, f"rollout.{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.steps == "auto" or self.steps >= 1, f"rollout.steps must be at least 1 or auto, got {self.steps}")
+        _require(
+            self.temperature > 0 and math.isfinite(self.temperature),
+            f"rollout.temperature must be positive, got {self.temperature}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedderConfig:
+    """What turns queries and keys into vectors."""
+
+    kind: str = "hashing"
+    """`hashing` (words in common), `attention` (the reference's own projections), or `package.module:name`."""
+    dimensions: int = 4096
+    """`hashing`: length of the vectors; words that collide look alike."""
+
+    def __post_init__(self) -> None:
+        _require(self.dimensions >= 2, f"embedder.dimensions must be at least 2, got {self.dimensions}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionConfig:
+    """How scores become a choice among the unread pairs."""
+
+    target_entropy: float = 0.8
+    """Calibrate the temperature once, so that the mean of H/ln N at step 1 is this; see docs/method.md."""
+    temperature: float | None = None
+    """τ of the softmax; None: calibrate; 1: the bare softmax."""
+    calibration_queries: int = 64
+    """Queries of the untrained policy that τ is calibrated on, at least."""
+    heads: Literal["mean_score", "mean_softmax"] = "mean_score"
+    """Several heads: softmax of their mean score, or mean of their softmaxes."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.target_entropy < 1, f"selection.target_entropy must be in (0, 1), got {self.target_entropy}")
+        _require(
+            self.temperature is None or self.temperature > 0,
+            f"selection.temperature must be positive, got {self.temperature}",
+        )
+        _require(self.calibration_queries >= 1, "selection.calibration_queries must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig:
+    """What a trajectory is paid for."""
+
+    kind: str = "value_prior"
+    """`plain` (log-probability of the value), `value_prior` (minus that of the value alone), or `package.module:name`."""
+    scorer: Literal["reference", "policy"] = "reference"
+    """Who predicts the values: the frozen reference, or the live policy (detached)."""
+    query_in_context: bool = True
+    """Score values with the queries before them; False deletes the queries, so that only the order counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KLConfig:
+    """Penalty for leaving the untrained policy."""
+
+    coefficient: float = 0.02
+    """β; nats of KL per query token."""
+    estimator: Literal["full", "k2", "k3"] = "full"
+    """`full`: exact reverse KL over the vocabulary; `k2`, `k3`: from the sampled token."""
+
+    def __post_init__(self) -> None:
+        _require(self.coefficient >= 0, f"objective.kl.coefficient must not be negative, got {self.coefficient}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilterConfig:
+    """Which trajectories an update keeps."""
+
+    kind: Literal["none", "running_zscore"] = "none"
+    """`running_zscore`: those whose reward exceeds the mean of all earlier ones by min_zscore standard deviations."""
+    warmup: int = 15
+    """Trajectories seen before any is kept."""
+    min_zscore: float = 1.0
+    """Standard deviations above the mean."""
+
+    def __post_init__(self) -> None:
+        _require(self.warmup >= 2, f"objective.filter.warmup must be at least 2, got {self.warmup}")
+        _require(math.isfinite(self.min_zscore), f"objective.filter.min_zscore must be finite, got {self.min_zscore}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """The policy-gradient objective."""
+
+    kind: str = "policy_gradient"
+    """`policy_gradient`, or `package.module:name`."""
+    returns: Literal["to_go", "trajectory"] = "to_go"
+    """Credit a query with its own and later rewards, or with all of them."""
+    advantage_baseline: Literal["leave_one_out", "running_mean", "none"] = "leave_one_out"
+    """Subtracted from returns: mean of the group's other rows, mean of earlier updates, or nothing."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    learning_rate: float = 1e-4
+    """Step size after warm-up; constant."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.95
+    """Decay of the gradient's running square."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    warmup_updates: int = 5
+    """Updates over which the step size rises linearly."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.learning_rate >= 0 and math.isfinite(self.learning_rate),
+            f"optimizer.learning_rate must be a number ≥ 0, got {self.learning_rate}",
+        )
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, got {self.weight_decay}")
+        _require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be positive, got {self.max_grad_norm}")
+        _require(self.warmup_updates >= 0, f"optimizer.warmup_updates must not be negative, got {self.warmup_updates}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """How long to train, and how the work is divided."""
+
+    updates: int = 1000
+    """Optimiser updates. The "number of episodes" is updates × rollout.articles × rollout.trajectories."""
+    seed: int = 0
+    """Seed of everything random in the run, apart from the corpus."""
+    micro_batch_rows: int | None = None
+    """Rows per forward of the scorer and the update; None: all of a process at once. Results do not depend on it."""
+    checkpoint_every: int = 50
+    """Updates between checkpoints; one is always written at the end."""
+    shuffled_rewards: bool = False
+    """Control: permute the rewards among the trajectories of a group, so that there is nothing to learn."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+    def __post_init__(self) -> None:
+        _require(self.updates >= 0, f"training.updates must not be negative, got {self.updates}")
+        _require(self.seed >= 0, f"training.seed must not be negative, got {self.seed}")
+        _require(
+            self.micro_batch_rows is None or self.micro_batch_rows >= 1,
+            f"training.micro_batch_rows must be at least 1, got {self.micro_batch_rows}",
+        )
+        _require(self.checkpoint_every >= 1, f"training.checkpoint_every must be at least 1: {self.checkpoint_every}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """What is written down besides metrics.jsonl."""
+
+    trajectories_every: int = 1
+    """Write the trajectories of every k-th update; 0: only those of the evaluation."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files (needs the extra `tensorboard`)."""
+
+    def __post_init__(self) -> None:
+        _require(self.trajectories_every >= 0, "log.trajectories_every must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """Measurement on held-out articles after training."""
+
+    corpus: CorpusConfig | None = None
+    """Articles to evaluate on; None: the training corpus, with fresh trajectories (and the report says so)."""
+    articles: int = 200
+    """Number of articles; 0: no evaluation."""
+    num_probes: int = 4
+    """P: pairs of each article set aside before the pool is cut, never read."""
+    batch_articles: int = 64
+    """Articles evaluated at once; results do not depend on it."""
+    oracle: bool = True
+    """Also run the greedy search, which scores every unread pair at every step."""
+
+    def __post_init__(self) -> None:
+        _require(self.articles >= 0, f"evaluation.articles must not be negative, got {self.articles}")
+        _require(self.num_probes >= 0, f"evaluation.num_probes must not be negative, got {self.num_probes}")
+        _require(self.batch_articles >= 1, f"evaluation.batch_articles must be at least 1, got {self.batch_articles}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything a run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        steps, num_pairs = self.rollout.steps, self.pairs.num_pairs
+        _require(
+            steps == "auto" or steps <= num_pairs,
+            f"rollout.steps ({steps}) exceeds pairs.num_pairs ({num_pairs}): no pair is read twice",
+        )
+        _require(
+            self.objective.advantage_baseline != "leave_one_out" or self.rollout.trajectories >= 2,
+            "objective.advantage_baseline: leave_one_out needs rollout.trajectories of at least 2",
+        )
+        _require(
+            not self.training.shuffled_rewards or self.rollout.trajectories >= 2,
+            "training.shuffled_rewards needs rollout.trajectories of at least 2",
+        )
+
+
+PRESETS = Path(__file__).parent / "configs"
+if not PRESETS.is_dir():  # a checkout: the wheel carries a copy of configs/ inside the package
+    PRESETS = Path(__file__).parents[2] / "configs"
+
+
+def load_config(
+    preset: str | None = None, files: Sequence[Path] = (), overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """Build the configuration from a preset, YAML files (later win) and dotted overrides (win over files).
+
+    With neither preset nor file, the preset is `demo`. Raises ConfigError naming source, key and fix.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if preset is None and not files:
+        preset = "demo"
+    if preset is not None:
+        layers.append((f"preset {preset}", _read_yaml(_preset_path(preset))))
+    layers += [(str(path), _read_yaml(Path(path))) for path in files]
+    layers.append(("command line", _nest(overrides or {})))
+
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source, layer in layers:
+        _check_keys(layer, Config, source)
+        _merge(merged, layer, source, origin)
+    try:
+        return TypeAdapter(Config).validate_python(merged)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_describe(e, origin) for e in error.errors())) from None
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain YAML/JSON values."""
+    return {k: _plain(v) for k, v in asdict(config).items()}
+
+
+def config_to_yaml(config: Config) -> str:
+    """Return the resolved configuration as YAML that `load_config` reads back to an equal Config."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def dotted_fields(cls: type = Config, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every field that holds a value."""
+    for name, nested in _field_types(cls).items():
+        if nested is None:
+            yield prefix + name
+        else:
+            yield from dotted_fields(nested, f"{prefix}{name}.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _preset_path(name: str) -> Path:
+    path = PRESETS / f"{name}.yaml"
+    known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"unknown preset {name!r}; the presets are {', '.join(known)}")
+    return path
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration file: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: broken YAML: {getattr(error, 'problem', None) or 'cannot parse'}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected sections like 'training:', got {type(data).__name__}")
+    return data
+
+
+def _nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn {"a.b": 1} into {"a": {"b": 1}}."""
+    nested: dict[str, Any] = {}
+    for dotted, value in overrides.items():
+        *sections, leaf = dotted.split(".")
+        target = nested
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"command line: --{dotted}: {section!r} is given a value as well")
+        target[leaf] = value
+    return nested
+
+
+def _field_types(cls: type) -> dict[str, type | None]:
+    """Map each field to its dataclass type, or None for a value; `X | None` sections count as X."""
+    hints = get_type_hints(cls)
+    nested = {}
+    for f in fields(cls):
+        options = get_args(hints[f.name]) or (hints[f.name],)
+        nested[f.name] = next((t for t in options if is_dataclass(t) and isinstance(t, type)), None)
+    return nested
+
+
+def _check_keys(data: Mapping[str, Any], cls: type, source: str, prefix: str = "") -> None:
+    types = _field_types(cls)
+    for key, value in data.items():
+        if key not in types:
+            valid = [prefix + name for name in types]
+            everything = list(dotted_fields())
+            near = difflib.get_close_matches(f"{prefix}{key}", valid, n=1, cutoff=0.5)
+            near = near or difflib.get_close_matches(f"{prefix}{key}", everything, n=1, cutoff=0.0)
+            raise ConfigError(f"{source}: unknown key '{prefix}{key}'; nearest is '{near[0]}'")
+        nested = types[key]
+        if nested is not None and value is not None:
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{source}: '{prefix}{key}' is a section, give its fields (got {value!r})")
+            _check_keys(value, nested, source, f"{prefix}{key}.")
+
+
+def _merge(
+    into: dict[str, Any], layer: Mapping[str, Any], source: str, origin: dict[str, str], prefix: str = ""
+) -> None:
+    for key, value in layer.items():
+        if isinstance(value, Mapping):
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
+            _merge(into[key], value, source, origin, f"{prefix}{key}.")
+        else:
+            into[key] = value
+        origin[prefix + key] = source
+
+
+def _describe(error: Any, origin: Mapping[str, str]) -> str:
+    """Render one pydantic error as `source: key: message`."""
+    location = [str(part) for part in error["loc"]]
+    while location and ".".join(location) not in origin:  # drop the name of a union's branch
+        location.pop()
+    key = ".".join(location)
+    message = error["msg"].removeprefix("Value error, ")
+    source = origin.get(key, "configuration")
+    if error["type"] == "value_error":  # our own messages name the field
+        return f"{source}: {message}" if key else message
+    return f"{source}: {key}: {message} (got {error['input']!r})"

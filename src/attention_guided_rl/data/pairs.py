@@ -1,0 +1,231 @@
+"""Pairs: cut articles into key/value pairs, draw probes and pool, and stream pools from a corpus.
+
+In: a Corpus and a tokenizer's `encode`. Out: PairPools of A articles, and a position from which to go on.
+"""
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from syntok import segmenter
+
+from attention_guided_rl.config import PairsConfig
+from attention_guided_rl.data import Corpus
+from attention_guided_rl.errors import CheckpointError, CorpusError
+from attention_guided_rl.randomness import Purpose, generator
+from attention_guided_rl.records import Article, PairPool
+
+logger = logging.getLogger(__name__)
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class CutPair:
+    """One pair of an article in token ids, cut to its slots but not yet padded."""
+
+    key_ids: Sequence[int]
+    value_ids: Sequence[int]
+    position: int
+    subject: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class CutArticle:
+    """An article and its pairs; `digest` names the exact cut text."""
+
+    article: Article
+    pairs: tuple[CutPair, ...]
+    digest: str
+
+    def pair_id(self, pair: CutPair) -> str:
+        return f"{self.digest}-{pair.position}"
+
+
+def cut_article(article: Article, encode: Encode, config: PairsConfig) -> CutArticle:
+    """Cut an article into pairs: ready ones as they are, otherwise by token counts or by sentences.
+
+    Every piece is tokenised as running text, that is, after a space.
+    """
+    k, v = config.key_tokens, config.value_tokens
+    if article.pairs is not None:
+        texts = [(p.key, p.value, -1 if p.subject is None else p.subject) for p in article.pairs]
+    elif config.cut == "sentences":
+        sentences = split_sentences(article.text)
+        texts = [(key, value, -1) for key, value in zip(sentences[0::2], sentences[1::2], strict=False)]
+    else:
+        texts = []
+        ids = encode(" " + article.text.strip())
+        ready = [
+            CutPair(ids[start : start + k], ids[start + k : start + k + v], place)
+            for place, start in enumerate(range(0, len(ids) - (k + v) + 1, k + v))
+        ]
+    if article.pairs is not None or config.cut == "sentences":
+        pieces = [(encode(f" {key.strip()}"), encode(f" {value.strip()}"), label) for key, value, label in texts]
+        ready = [
+            CutPair(key_ids[:k], value_ids[:v], place, label)
+            for place, (key_ids, value_ids, label) in enumerate(pieces)
+            if key_ids and value_ids
+        ]
+    digest = hashlib.sha256(repr([(p.key_ids, p.value_ids) for p in ready]).encode()).hexdigest()[:16]
+    return CutArticle(article, tuple(ready), digest)
+
+
+def split_sentences(text: str) -> list[str]:
+    """Return the sentences of a text in order, each exactly as it stands there; a line break ends a paragraph."""
+    sentences = []
+    for paragraph in text.splitlines():
+        for part in segmenter.analyze(paragraph):
+            for tokens in part:
+                start, end = tokens[0].offset, tokens[-1].offset + len(tokens[-1].value)
+                sentences.append(paragraph[start:end])
+    return [s for s in sentences if s.strip()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """Which pairs of an article are probes and which the pool, both in article order."""
+
+    cut: CutArticle
+    pool: list[CutPair]
+    probes: list[CutPair]
+
+
+def _draw(cut: CutArticle, num_pairs: int, num_probes: int, rng: np.random.Generator) -> _Draw:
+    """Take a random run of N + P neighbouring pairs, draw the probes from it, then keep the rest as pool."""
+    start = int(rng.integers(len(cut.pairs) - (num_pairs + num_probes) + 1))
+    window = cut.pairs[start : start + num_pairs + num_probes]
+    probe = set(rng.permutation(len(window))[:num_probes].tolist())
+    return _Draw(
+        cut,
+        [p for i, p in enumerate(window) if i not in probe],
+        [p for i, p in enumerate(window) if i in probe],
+    )
+
+
+def _pad(pieces: list[list[Sequence[int]]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack A × M pieces into ids and mask (A, M, length), padded at the end of the slot."""
+    num_pieces = len(pieces[0])
+    ids = torch.zeros(len(pieces), num_pieces, length, dtype=torch.long)
+    mask = torch.zeros(len(pieces), num_pieces, length, dtype=torch.bool)
+    for a, row in enumerate(pieces):
+        for m, piece in enumerate(row):
+            ids[a, m, : len(piece)] = torch.as_tensor(piece)
+            mask[a, m, : len(piece)] = True
+    return ids, mask
+
+
+def _build_pool(draws: Sequence[_Draw], config: PairsConfig) -> PairPool:
+    pools, probes = [d.pool for d in draws], [d.probes for d in draws]
+    keys = _pad([[p.key_ids for p in pool] for pool in pools], config.key_tokens)
+    values = _pad([[p.value_ids for p in pool] for pool in pools], config.value_tokens)
+    probe_keys = _pad([[p.key_ids for p in row] for row in probes], config.key_tokens)
+    probe_values = _pad([[p.value_ids for p in row] for row in probes], config.value_tokens)
+    return PairPool(
+        articles=tuple(d.cut.article for d in draws),
+        pair_ids=tuple(tuple(d.cut.pair_id(p) for p in d.pool) for d in draws),
+        probe_pair_ids=tuple(tuple(d.cut.pair_id(p) for p in d.probes) for d in draws),
+        key_ids=keys[0],
+        key_mask=keys[1],
+        value_ids=values[0],
+        value_mask=values[1],
+        probe_key_ids=probe_keys[0],
+        probe_key_mask=probe_keys[1],
+        probe_value_ids=probe_values[0],
+        probe_value_mask=probe_values[1],
+        position=torch.tensor([[p.position for p in pool] for pool in pools]),
+        probe_position=torch.tensor([[p.position for p in row] for row in probes]).reshape(len(draws), -1),
+        subject=torch.tensor([[p.subject for p in pool] for pool in pools]),
+        probe_subject=torch.tensor([[p.subject for p in row] for row in probes]).reshape(len(draws), -1),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a stream stands: the next article is number `offset` of pass `epoch`; `pools` have been drawn so far."""
+
+    epoch: int = 0
+    offset: int = 0
+    drawn: int = 0
+    last_article: str = ""
+    """Digest of the last article drawn: on resume it must be found there again."""
+
+
+class PoolStream:
+    """Pools of consecutive articles of a corpus, pass after pass; articles that are too short are counted and skipped."""
+
+    def __init__(
+        self, corpus: Corpus, encode: Encode, config: PairsConfig, *, num_probes: int, seed: int, purpose: Purpose
+    ) -> None:
+        self._corpus, self._config, self._num_probes = corpus, config, num_probes
+        self._seed, self._purpose = seed, purpose
+        self._cut = functools.lru_cache(maxsize=256)(lambda article: cut_article(article, encode, config))
+        self.position = Position()
+        self.num_skipped = 0
+        """Articles skipped since this object was made because they have too few pairs."""
+        self.num_distinct: int | None = None
+        """Usable articles in one pass; None until a pass has ended."""
+        self._articles = corpus.articles(0, 0)
+        self._usable_in_pass = 0
+
+    def resume(self, position: Position) -> None:
+        """Go on from a saved position.
+
+        Raises:
+            CheckpointError: the article read last is no longer where it was.
+        """
+        if position.drawn:
+            self._articles = self._corpus.articles(position.epoch, position.offset - 1)
+            before = next(self._articles, None)
+            if before is None or self._cut(before).digest != position.last_article:
+                raise CheckpointError(
+                    f"the corpus has changed: article {position.offset - 1} of pass {position.epoch} is not the one "
+                    "this run read last; resume with the same corpus and model"
+                )
+        self.position = position
+
+    def next_pool(self, num_articles: int, keep: slice = slice(None)) -> PairPool:
+        """Draw the pool of the next articles; `keep` selects those of this process.
+
+        Raises:
+            CorpusError: a whole pass had no article with enough pairs.
+        """
+        draws = [self._next_draw() for _ in range(num_articles)]
+        return _build_pool(draws[keep], self._config)
+
+    def _next_draw(self) -> _Draw:
+        needed = self._config.num_pairs + self._num_probes
+        while True:
+            article = next(self._articles, None)
+            epoch, offset = self.position.epoch, self.position.offset
+            if article is None:
+                self._end_pass(needed)
+                continue
+            cut = self._cut(article)
+            usable = len(cut.pairs) >= needed
+            drawn = self.position.drawn
+            last = cut.digest
+            self.position = Position(epoch, offset + 1, drawn + usable, last if usable else self.position.last_article)
+            if usable:
+                self._usable_in_pass += 1
+                return _draw(cut, self._config.num_pairs, self._num_probes, self._rng(drawn))
+            self.num_skipped += 1
+            logger.debug("skipped %r: %d pairs of %d needed", article.title, len(cut.pairs), needed)
+
+    def _rng(self, drawn: int) -> np.random.Generator:
+        return generator(self._seed, self._purpose, drawn)
+
+    def _end_pass(self, needed: int) -> None:
+        if self._usable_in_pass == 0 and self.position.offset == self.num_skipped:
+            raise CorpusError(
+                f"no article has enough text: {self.num_skipped} read, each cut into fewer than the {needed} pairs "
+                f"needed (pairs.num_pairs {self._config.num_pairs} + {self._num_probes} probes of "
+                f"{self._config.key_tokens} + {self._config.value_tokens} tokens); lower pairs.num_pairs or the lengths"
+            )
+        self.num_distinct = self._usable_in_pass or self.num_distinct
+        self._usable_in_pass = 0
+        self.position = Position(self.position.epoch + 1, 0, self.position.drawn, self.position.last_article)
+        self._articles = self._corpus.articles(self.position.epoch, 0)

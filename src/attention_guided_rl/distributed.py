@@ -1,0 +1,78 @@
+"""Processes: the only collectives of the package. With one process everything here is the identity.
+
+Each process holds a contiguous share of an update's articles, in rank order, so concatenating in rank order restores
+the global list: the same numbers in the same order for 1, 2 or 4 processes.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, distributed
+
+from attention_guided_rl.errors import ConfigError
+
+
+class Processes:
+    """The processes of this run and this process's place among them."""
+
+    def __init__(self, device: str = "auto") -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("training.device: cuda asked for, but PyTorch sees no GPU")
+        self._state = PartialState(cpu=True) if device == "cpu" or not torch.cuda.is_available() else PartialState()
+        self.device: torch.device = self._state.device
+
+    @property
+    def count(self) -> int:
+        return int(self._state.num_processes)
+
+    @property
+    def rank(self) -> int:
+        return int(self._state.process_index)
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self._state.is_main_process)
+
+    def share(self, num_articles: int) -> slice:
+        """Return which of the update's articles are this process's."""
+        if num_articles % self.count:
+            raise ConfigError(f"rollout.articles ({num_articles}) must be divisible by the {self.count} processes")
+        size = num_articles // self.count
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Concatenate every process's rows, in rank order; all processes get the result."""
+        if self.count == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.count)]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    def gather_objects(self, objects: list[Any]) -> list[Any]:
+        """Concatenate every process's list, in rank order."""
+        return objects if self.count == 1 else list(gather_object(objects))
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the main process's value everywhere."""
+        if self.count == 1:
+            return value
+        holder = [value]
+        broadcast_object_list(holder, from_process=0)
+        return holder[0]
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Add up each tensor over the processes, in place, in one message."""
+        tensors = list(tensors)
+        if self.count == 1 or not tensors:
+            return
+        flat = torch.cat([t.detach().flatten().float() for t in tensors])
+        distributed.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self._state.wait_for_everyone()

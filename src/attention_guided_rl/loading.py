@@ -1,0 +1,157 @@
+"""Loading: from a configuration to a LanguageModel, with one clear line for everything that can go wrong.
+
+Weights come from safetensors only, and no code from a model repository ever runs.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from attention_guided_rl.config import ModelConfig
+from attention_guided_rl.errors import ConfigError, CredentialsError, NumericError, RemoteError, UnsafeError
+from attention_guided_rl.model import LanguageModel
+
+BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-lm"
+
+
+def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, min_positions: int = 0) -> LanguageModel:
+    """Load model and tokenizer and prepare the adapter or the frozen copy.
+
+    Raises:
+        ConfigError, CredentialsError, RemoteError, UnsafeError: the model cannot be used, with the reason.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    source = model_source(config)
+    options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": config.revision}
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+        causal_lm = AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=False, use_safetensors=True, dtype=dtype, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ConfigError(f"model.name: cannot load {config.name!r}: {first_line}") from error
+    _check_positions(causal_lm, min_positions, config.name)
+    bad = [name for name, p in causal_lm.named_parameters() if not torch.isfinite(p).all()]
+    if bad:
+        raise NumericError(f"model.name: {config.name!r} has non-finite weights, first in {bad[0]}")
+    return prepare(causal_lm.to(device), tokenizer, config, seed=seed)
+
+
+def prepare(causal_lm: Any, tokenizer: Any, config: ModelConfig, *, seed: int = 0) -> LanguageModel:
+    """Attach the adapter, or copy the reference, to an already loaded model."""
+    causal_lm.eval().requires_grad_(False)
+    if config.adapter == "full":
+        frozen_copy = copy.deepcopy(causal_lm)
+        causal_lm.requires_grad_(True)
+        model = LanguageModel(causal_lm, tokenizer, frozen_copy=frozen_copy)
+    else:
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft types it int and multiplies it as float
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            peft_model = get_peft_model(causal_lm, lora)
+        peft_model.eval()
+        model = LanguageModel(causal_lm, tokenizer, peft_model=peft_model)
+    _check_head(model, causal_lm)
+    return model
+
+
+def model_source(config: ModelConfig) -> str:
+    """Return the folder or hub name to load from, after checking that it is there, allowed and free of code."""
+    if config.name == "tiny":
+        return str(BUNDLED_MODEL)
+    folder = Path(config.name)
+    if folder.is_dir():
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise ConfigError(f"model.name: {config.name!r} is a folder without config.json")
+    elif folder.is_absolute() or config.name.startswith(".") or config.name.count("/") > 1:
+        raise ConfigError(f"model.name: there is no folder {config.name!r}")
+    else:
+        config_file = _hub_config(config)
+    try:
+        contents = json.loads(config_file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model.name: {config.name!r}: config.json cannot be read: {error}") from None
+    if "auto_map" in contents:
+        raise UnsafeError(f"model.name: {config.name!r} wants to run code from its repository; refused")
+    return config.name
+
+
+def max_positions(config: ModelConfig) -> int:
+    """Return the longest row the model can read, from its config alone, before any weights load."""
+    try:
+        loaded = AutoConfig.from_pretrained(model_source(config), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.name: cannot load {config.name!r}: {str(error).splitlines()[0]}") from error
+    return int(loaded.get_text_config().max_position_embeddings)
+
+
+def _hub_config(config: ModelConfig) -> Path:
+    """Fetch config.json of a hub model, which tells apart: no such model, no access, no network."""
+    name = config.name
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=config.revision))
+    except GatedRepoError:
+        raise CredentialsError(
+            f"model.name: {name!r} is gated: accept its licence at https://huggingface.co/{name}, make a token at "
+            "https://huggingface.co/settings/tokens, and set HF_TOKEN"
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError) as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise RemoteError(
+                f"model.name: {name!r} is neither a folder nor in the local cache, and the hub cannot be reached"
+            ) from None
+        raise ConfigError(
+            f"model.name: no model {name!r} (revision {config.revision or 'newest'}): it is neither a folder here nor "
+            "on the hub, or it is private and HF_TOKEN is not set"
+        ) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no status"
+        if status in (401, 403):
+            raise CredentialsError(f"model.name: the hub refuses access to {name!r}; check HF_TOKEN") from None
+        raise RemoteError(f"model.name: the hub answered {status} for {name!r}") from None
+    except OSError:
+        raise RemoteError(f"model.name: {name!r} is not a folder, and the hub cannot be reached") from None
+
+
+def _check_positions(causal_lm: Any, needed: int, name: str) -> None:
+    available = causal_lm.config.get_text_config().max_position_embeddings
+    if needed > available:
+        raise ConfigError(f"rows of {needed} tokens do not fit {name!r}, which reads at most {available}")
+
+
+def _check_head(model: LanguageModel, causal_lm: Any) -> None:
+    """Refuse a model whose own forward does something to the logits that `LanguageModel` does not."""
+    ids = torch.arange(4, device=model.device)[None]
+    with torch.no_grad():
+        own = causal_lm(input_ids=ids, use_cache=False).logits.float()
+        ours = model._logits(model._body(ids, torch.zeros_like(ids), cache=None))
+    if not torch.allclose(own, ours, atol=1e-3, rtol=1e-3):
+        raise ConfigError(
+            f"model.name: {type(causal_lm).__name__} transforms its logits in a way that is not supported"
+        )

@@ -1,0 +1,259 @@
+"""Model: one causal language model as policy (adapter on) and reference (adapter off, or a frozen copy).
+
+In: token ids with roles. Out: hidden states, log-probabilities, caches. Every forward of the package happens here, and
+so does the shift: `token_logprobs(...)[b, m]` is log p(id at positions[m] | all ids before it); nobody else slices
+logits. Inside `with model.reference():` everything is computed by the reference instead of the policy.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from attention_guided_rl.records import PADDING, position_ids
+
+_HEAD_CHUNK = 2**26  # elements of (rows, positions, vocabulary) in float32 at once: 256 MiB
+
+
+class LanguageModel:
+    """A causal LM of transformers with two sets of weights, policy and reference."""
+
+    def __init__(self, causal_lm: Any, tokenizer: Any, *, peft_model: Any = None, frozen_copy: Any = None) -> None:
+        """Wrap a model; `loading.load_model` makes it. Exactly one of `peft_model` and `frozen_copy` is given."""
+        self.tokenizer = tokenizer
+        self.config = causal_lm.config.get_text_config()
+        self.peft_model = peft_model
+        self._policy, self._frozen_copy = causal_lm, frozen_copy
+        self._active = causal_lm
+        self.device = next(causal_lm.parameters()).device
+        self.query_vocabulary = self._query_vocabulary()
+
+    # -- policy and reference ------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Compute with the reference: same weights with the adapter off, or the frozen copy."""
+        if self.peft_model is not None:
+            with self.peft_model.disable_adapter():
+                yield
+            return
+        before, self._active = self._active, self._frozen_copy
+        try:
+            yield
+        finally:
+            self._active = before
+
+    @contextlib.contextmanager
+    def adapter_dropout(self) -> Iterator[None]:
+        """Switch the adapter's dropout on; everything else of the model is always in eval mode."""
+        layers = [m for name, m in self._policy.named_modules() if "lora_dropout" in name.split(".")]
+        for layer in layers:
+            layer.train()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.eval()
+
+    def named_trainable(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that training changes, by name."""
+        return {name: p for name, p in self._policy.named_parameters() if p.requires_grad}
+
+    def save(self, folder: str) -> None:
+        """Write the adapter (loadable by `PeftModel.from_pretrained`) or the whole model as safetensors."""
+        target = self._policy if self.peft_model is None else self.peft_model
+        target.save_pretrained(folder, safe_serialization=True)
+
+    def load(self, folder: str) -> None:
+        """Put weights written by `save` into the policy; the reference is untouched."""
+        if self.peft_model is not None:
+            weights = load_file(f"{folder}/adapter_model.safetensors")
+            result = set_peft_model_state_dict(self.peft_model, weights)
+            if result.unexpected_keys or any("lora_" in key for key in result.missing_keys):
+                raise ValueError("the adapter's tensors are not those of this model and rank")
+            return
+        saved = type(self._policy).from_pretrained(folder, use_safetensors=True, dtype=self._dtype)
+        self._policy.load_state_dict(saved.state_dict())
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def hidden(
+        self, ids: Int[Tensor, "B T"], role: Int[Tensor, "B T"], positions: Int[Tensor, " M"]
+    ) -> Float[Tensor, "B M D"]:
+        """Return the final hidden states that predict the tokens at `positions`: those one place to the left."""
+        states = self._body(ids, role, cache=None)
+        return states[:, positions.to(states.device) - 1]
+
+    def extend(
+        self, cache: DynamicCache, ids: Int[Tensor, "B M"], role_so_far: Int[Tensor, "B T"]
+    ) -> Float[Tensor, "B M D"]:
+        """Append ids to the cache (`role_so_far` includes theirs) and return their final hidden states."""
+        return self._body(ids, role_so_far, cache=cache)
+
+    def new_cache(self) -> DynamicCache:
+        """Return an empty key/value cache."""
+        return DynamicCache(config=self.config)
+
+    def branch_logprobs(
+        self,
+        cache: DynamicCache,
+        role_so_far: Int[Tensor, "B T"],
+        continuations: Int[Tensor, "B C M"],
+        mask: Bool[Tensor, "B C M"],
+        prefix_len: Int[Tensor, " C"],
+        num_scored: int,
+    ) -> Float[Tensor, "B C num_scored"]:
+        """Score the last tokens of C continuations, each following the first `prefix_len[c]` cached tokens.
+
+        All continuations of a row run in one forward: each attends to its prefix and to itself. The cache is left as
+        it was. 0 where `mask` is False.
+        """
+        rows, num_branches, length = continuations.shape
+        device, cached = continuations.device, role_so_far.shape[1]
+        prefix = torch.arange(cached, device=device) < prefix_len.to(device)[:, None]  # (C, T)
+        prefix = prefix & (role_so_far != PADDING)[:, None, :]  # (B, C, T)
+        real_prefix = prefix.sum(-1, keepdim=True)  # (B, C, 1)
+        place = real_prefix + (mask.long().cumsum(-1) - 1).clamp_min(0)
+        own = mask[:, :, None, :] & torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        same_branch = torch.eye(num_branches, dtype=torch.bool, device=device)
+        among = (own[:, :, :, None, :] & same_branch[:, None, :, None]).flatten(3).flatten(1, 2)  # (B, C·M, C·M)
+        allowed = torch.cat([prefix.repeat_interleave(length, 1), among], -1)
+        additive = torch.zeros_like(allowed, dtype=self._dtype).masked_fill(~allowed, torch.finfo(self._dtype).min)
+        states = self._active.base_model(
+            input_ids=continuations.flatten(1),
+            attention_mask=additive[:, None],
+            position_ids=place.flatten(1),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        cache.crop(-num_branches * length)
+        states = states.view(rows, num_branches, length, -1)[:, :, -num_scored - 1 : -1]
+        logprobs = self._gather_logprobs(states.flatten(0, 1), continuations[:, :, -num_scored:].flatten(0, 1))
+        return torch.where(mask[:, :, -num_scored:], logprobs.view(rows, num_branches, num_scored), 0.0)
+
+    def token_logprobs(
+        self, ids: Int[Tensor, "B T"], role: Int[Tensor, "B T"], positions: Int[Tensor, " M"]
+    ) -> Float[Tensor, "B M"]:
+        """Return log p(id at position | all ids before it) under the full distribution, nats; 0 at padding."""
+        states = self.hidden(ids, role, positions)
+        return self.logprobs_of(states, ids[:, positions.to(ids.device)], role[:, positions.to(ids.device)])
+
+    def logprobs_of(
+        self, states: Float[Tensor, "B M D"], ids: Int[Tensor, "B M"], role: Int[Tensor, "B M"]
+    ) -> Float[Tensor, "B M"]:
+        """Return the log-probability of ids under the states that predict them; 0 at padding."""
+        return torch.where(role == PADDING, 0.0, self._gather_logprobs(states, ids))
+
+    def policy_logprobs(
+        self, states: Float[Tensor, "*shape D"], temperature: float
+    ) -> Float[Tensor, "*shape V"]:
+        """Return the query distribution: tempered, without control tokens (−inf there)."""
+        logits = self._logits(states) / temperature
+        return logits.masked_fill(~self.query_vocabulary, -torch.inf).log_softmax(-1)
+
+    def encode(self, text: str) -> list[int]:
+        """Encode article text; strings that look like control tokens stay ordinary text."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return list(ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids, for display and for text embedders only."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def attention_projections(
+        self, ids: Int[Tensor, "M T"], mask: Bool[Tensor, "M T"]
+    ) -> tuple[Float[Tensor, "M T H D"], Float[Tensor, "M T Hk D"]]:
+        """Return the last layer's queries and keys, after its norms and before rotary position."""
+        attention = _last_attention(self._active.base_model)
+        captured: dict[str, Tensor] = {}
+        names = _projection_modules(attention)
+        hooks = [
+            getattr(attention, module).register_forward_hook(lambda m, i, out, key=key: captured.update({key: out}))
+            for key, module in names.items()
+        ]
+        try:
+            self._body(ids, torch.where(mask, 0, PADDING), cache=None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return _split_heads(captured, self.config, attention)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self._policy.parameters()).dtype
+
+    def _body(self, ids: Tensor, role: Tensor, cache: DynamicCache | None) -> Tensor:
+        """Run the transformer without its output head; `role` covers cached tokens too."""
+        padded = bool((role == PADDING).any())
+        states = self._active.base_model(
+            input_ids=ids,
+            attention_mask=(role != PADDING).long() if padded else None,
+            position_ids=position_ids(role)[:, -ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        return states  # type: ignore[no-any-return]
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Apply the output head, in float32, as the model's own forward does (checked when it is loaded)."""
+        logits = self._active.get_output_embeddings()(states).float()
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _gather_logprobs(self, states: Tensor, ids: Tensor) -> Tensor:
+        """log softmax(logits)[id], a chunk of rows at a time so that no (rows, tokens, vocabulary) tensor is whole."""
+        rows = max(1, _HEAD_CHUNK // (ids.shape[1] * self.config.vocab_size))
+        parts = []
+        for start in range(0, ids.shape[0], rows):
+            logits = self._logits(states[start : start + rows])
+            chosen = logits.gather(-1, ids[start : start + rows, :, None]).squeeze(-1)
+            parts.append(chosen - logits.logsumexp(-1))
+        return torch.cat(parts)
+
+    def _query_vocabulary(self) -> Bool[Tensor, " V"]:
+        """True at ids a query may contain: real tokens that are not control tokens."""
+        allowed = torch.arange(self.config.vocab_size) < len(self.tokenizer)
+        special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
+        allowed[special] = False
+        return allowed.to(self.device)
+
+
+def _last_attention(body: nn.Module) -> nn.Module:
+    """Return the attention module of the last layer: the last one with query and key projections."""
+    found = [m for m in body.modules() if hasattr(m, "q_proj") or hasattr(m, "c_attn") or hasattr(m, "qkv_proj")]
+    if not found:
+        raise ValueError(f"no query and key projections found in {type(body).__name__}; use another embedder")
+    return found[-1]
+
+
+def _projection_modules(attention: nn.Module) -> dict[str, str]:
+    """Name the modules whose outputs are the projections: separate (normed or not), or fused."""
+    if hasattr(attention, "q_proj"):
+        return {
+            "q": "q_norm" if hasattr(attention, "q_norm") else "q_proj",
+            "k": "k_norm" if hasattr(attention, "k_norm") else "k_proj",
+        }
+    return {"fused": "c_attn" if hasattr(attention, "c_attn") else "qkv_proj"}
+
+
+def _split_heads(captured: dict[str, Tensor], config: Any, attention: nn.Module) -> tuple[Tensor, Tensor]:
+    """Shape captured projections to (M, T, heads, D)."""
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(attention, "head_dim", config.hidden_size // num_heads)
+    if "fused" in captured:
+        q, k, _ = captured["fused"].split(
+            [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim], dim=-1
+        )
+    else:
+        q, k = captured["q"], captured["k"]
+    rows, length = q.shape[:2]
+    return q.reshape(rows, length, num_heads, head_dim), k.reshape(rows, length, num_kv_heads, head_dim)

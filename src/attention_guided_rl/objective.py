@@ -1,0 +1,55 @@
+"""Objective: the loss of a micro-batch of kept rows, with its gradients' path through the policy.
+
+In: UpdateBatch. Out: LossOutput, the micro-batch's share of
+
+    L = (1/M) Σ_{kept rows} Σ_t Σ_i [ −A_t log π_θ(q_{t,i} | c_t, q_{t,<i}) + β KL_{t,i} ]
+
+There is no log-probability of a prompt, template or value token in it. One optimiser step per batch of rollouts, so
+no importance ratio. `OBJECTIVES` is the table; `package.module:name` in the configuration works too.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from attention_guided_rl.config import KLConfig
+from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.records import LossOutput, UpdateBatch
+from attention_guided_rl.rl_agent import full_kl, policy_loss, sampled_kl
+
+Objective = Callable[[LanguageModel, UpdateBatch, KLConfig, float], LossOutput]
+
+
+def policy_gradient(model: LanguageModel, batch: UpdateBatch, kl: KLConfig, temperature: float) -> LossOutput:
+    """REINFORCE with a KL penalty towards the fixed reference, both under the distribution that was sampled from."""
+    rows = batch.rows
+    query_ids, real = rows.query_slots()
+    shape = query_ids.shape
+    chosen = query_ids.flatten(1)[:, :, None]
+    with torch.no_grad(), model.reference():
+        reference = model.policy_logprobs(batch.reference_hidden, temperature)
+    states = model.hidden(rows.ids, rows.role, rows.layout.query_positions)
+    distribution = model.policy_logprobs(states, temperature)
+    logprobs = torch.where(real, distribution.gather(-1, chosen).view(shape), 0.0)
+    if kl.estimator == "full":
+        divergence = full_kl(distribution, reference).view(shape)
+    else:
+        divergence = sampled_kl(logprobs, reference.gather(-1, chosen).view(shape), kl.estimator)
+    divergence = torch.where(real, divergence, 0.0)
+
+    policy = policy_loss(logprobs, batch.advantages, batch.num_query_tokens)
+    penalty = divergence.sum() / batch.num_query_tokens
+    with torch.no_grad():
+        entropy = -(distribution.exp() * distribution.clamp_min(-1e9)).sum(-1).view(shape)
+        mismatch = torch.where(real, (logprobs - rows.sampled_logprobs).abs(), 0.0)
+    sums = {
+        "loss/policy": policy * batch.num_query_tokens,
+        "loss/kl": divergence.sum(),
+        "policy/entropy": torch.where(real, entropy, 0.0).sum(),
+        "policy/sampler_mismatch": mismatch.sum(),
+    }
+    metrics = {name: value.detach() / batch.num_query_tokens for name, value in sums.items()}
+    return LossOutput(loss=policy + kl.coefficient * penalty, metrics=metrics)
+
+
+OBJECTIVES: dict[str, Objective] = {"policy_gradient": policy_gradient}

@@ -1,0 +1,296 @@
+"""Runs: the folder of a run from its creation to its evaluation. The Python surface behind the command line.
+
+`runs/NAME/` holds config.yaml (resolved), environment.json, prompt.txt, the logs, checkpoints/, and, after the
+evaluation, evaluation.jsonl, evaluation.json and figures/. Nothing is written before the configuration, the model and
+the corpora have been shown to work.
+"""
+
+import contextlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from attention_guided_rl.checkpoint import latest_checkpoint, load_weights, verify
+from attention_guided_rl.config import Config, config_to_dict, config_to_yaml, load_config
+from attention_guided_rl.distributed import Processes
+from attention_guided_rl.errors import CheckpointError, ConfigError, RunInUseError, StorageError, UnsafeError
+from attention_guided_rl.evaluation import PICKERS, EvaluationBatch, evaluation_records, run_arms, summarise
+from attention_guided_rl.randomness import Purpose
+from attention_guided_rl.report.figures import plot_run
+from attention_guided_rl.report.terminal import print_summary, print_trajectory
+from attention_guided_rl.session import Session
+from attention_guided_rl.tracking import (
+    RunLogs,
+    environment_record,
+    make_console,
+    pair_records,
+    trajectory_records,
+)
+from attention_guided_rl.trainer import Trained
+from attention_guided_rl.trainer import train as train_session
+
+MAY_CHANGE_ON_RESUME = ("training.updates", "training.checkpoint_every", "training.device", "log.", "evaluation.")
+STEERABILITY_WARNING = 0.1  # nats: below this, no query changes much
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """Where a run is and how it ended."""
+
+    folder: Path
+    trained: Trained
+    summary: dict[str, Any] | None
+
+
+def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
+    """Train in a run folder and evaluate when all updates are done.
+
+    Raises:
+        AgrlError: of the kind that fits; a run folder that had been started can be resumed.
+    """
+    processes = Processes(config.training.device)
+    if not resume and folder.exists():
+        raise RunInUseError(f"{folder} exists; choose another name with --run, or add --resume to go on with it")
+    if resume:
+        _check_resume(folder, config)
+    console = make_console()
+    session = Session(config, processes)
+    if not resume:
+        _prepare(session, console if processes.is_main else Console(quiet=True))
+        if processes.is_main:
+            _create(folder, session)
+        processes.wait()
+    with _lock(folder) if processes.is_main else contextlib.nullcontext():
+        trained = train_session(session, folder, resume=resume)
+        summary = None
+        if trained.interrupted_by is None and processes.is_main and config.evaluation.articles > 0:
+            summary = _evaluate(session, folder, trained.state.update, console)
+        processes.wait()
+    return RunResult(folder, trained, summary)
+
+
+def evaluate(folder: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of a run; `overrides` may change the `evaluation` section and the device."""
+    for key in overrides or {}:
+        if not key.startswith("evaluation.") and key != "training.device":
+            raise ConfigError(f"command line: --{key} cannot change for an evaluation; only evaluation.* can")
+    with _lock(folder):
+        session, update = open_run(folder, overrides)
+        return _evaluate(session, folder, update, make_console())
+
+
+def rollout(session: Session, *, num_articles: int = 1, out: Path | None = None) -> None:
+    """Print the first of some held-out trajectories of the session's policy; write the orders of all to `out`."""
+    evaluation = session.config.evaluation
+    corpus = evaluation.corpus or session.config.corpus
+    stream = session.stream(corpus, num_probes=evaluation.num_probes, purpose=Purpose.EVALUATION_POOL)
+    pool = stream.next_pool(num_articles).to(session.model.device)
+    rows = session.rollout(pool, session.uniforms(Purpose.EVALUATION, 0, range(num_articles), 1))
+    paid = session.pay(rows, pool, scorer=session.reference_scorer)
+    print_trajectory(make_console(), session, paid, pool)
+    if out is None:
+        return
+    records = [
+        {
+            "article": article.id,
+            "source": article.source,
+            "revision": article.revision,
+            "hash": pool.pair_ids[a][0].rpartition("-")[0],
+            "picks": rows.picks[a].tolist(),
+            "pairs": [pool.pair_ids[a][pick] for pick in rows.picks[a].tolist()],
+            "reward": float(paid.rewards.rewards[a].mean()),
+        }
+        for a, article in enumerate(pool.articles)
+    ]
+    write_text(out, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
+
+
+def open_run(folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Session, int]:
+    """Load a run's newest checkpoint; return the session and the number of updates it has had."""
+    config = load_config(files=[run_config(folder)], overrides=overrides)
+    checkpoint = latest_checkpoint(folder)
+    session = Session(config, Processes(config.training.device))
+    load_weights(checkpoint, session.model)
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    session.temperature = state["temperature"]
+    return session, state["update"]
+
+
+def open_untrained(config: Config) -> Session:
+    """Load a configuration as it is before training, with τ calibrated."""
+    session = Session(config, Processes(config.training.device))
+    _prepare(session, make_console())
+    return session
+
+
+def run_config(folder: Path) -> Path:
+    """Return the path of a run's config.yaml.
+
+    Raises:
+        ConfigError: this is no run folder.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not a run folder (it has no config.yaml)")
+    return path
+
+
+def new_run_folder(name: str | None, preset: str | None, root: Path) -> Path:
+    """Return the folder of a new run: `root/NAME`, or `root/<preset>-<UTC time>`.
+
+    Raises:
+        UnsafeError: the name would leave `root`.
+    """
+    if name is None:
+        name = f"{preset or 'run'}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or ".." in name:
+        raise UnsafeError(f"--run {name!r}: a run name is letters, digits, '.', '_' and '-', without '..'")
+    return root / name
+
+
+def newest_run(root: Path) -> Path:
+    """Return the run folder whose config.yaml is newest."""
+    found = sorted(root.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ConfigError(f"--resume: there is no run in {root}/")
+    return found[-1].parent
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot write: {error.strerror or error}") from error
+
+
+def _prepare(session: Session, console: Console) -> None:
+    """Try both corpora, calibrate τ, and say what is about to happen."""
+    config, reached = session.config, True
+    if session.temperature is None:
+        reached = session.calibrate(config.corpus)
+    pool = session.stream(config.corpus, num_probes=0, purpose=Purpose.POOL).next_pool(1).to(session.model.device)
+    if config.evaluation.articles:
+        corpus = config.evaluation.corpus or config.corpus
+        session.stream(
+            corpus, num_probes=config.evaluation.num_probes, purpose=Purpose.EVALUATION_POOL
+        ).next_pool(1)
+    steerability = session.steerability(pool)
+    rollout = config.rollout
+    layout = session.template.layout(session.num_steps, rollout.query_tokens, config.pairs.value_tokens)
+    console.print(
+        f"model {config.model.name} ({config.model.adapter}), corpus {config.corpus.kind}, "
+        f"{rollout.articles} × {rollout.trajectories} trajectories of {session.num_steps} steps "
+        f"({layout.row_len} tokens) per update\n"
+        f"selection temperature {session.temperature:.4g}, steerability {steerability:.2f} nats",
+        highlight=False,
+    )
+    if not reached:
+        warnings.warn(
+            f"selection.target_entropy {config.selection.target_entropy} cannot be reached with this embedder; "
+            f"using temperature {session.temperature:.4g}",
+            stacklevel=2,
+        )
+    if steerability < STEERABILITY_WARNING:
+        warnings.warn(
+            f"steerability is {steerability:.3f} nats: whatever the query, the choice is nearly the same, so there is "
+            "little to learn about order; lower selection.target_entropy or change the embedder",
+            stacklevel=2,
+        )
+
+
+def _create(folder: Path, session: Session) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot create the run folder: {error.strerror}") from error
+    write_text(folder / "config.yaml", config_to_yaml(session.config))
+    write_text(folder / "environment.json", json.dumps(environment_record(), indent=1) + "\n")
+    write_text(folder / "prompt.txt", session.template.prompt_text)
+
+
+def _check_resume(folder: Path, config: Config) -> None:
+    """Refuse to go on with a configuration that differs where it must not."""
+    saved = yaml.safe_load(run_config(folder).read_text(encoding="utf-8"))
+    old, new = _flatten(saved), _flatten(config_to_dict(config))
+    changed = [
+        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
+    ]
+    if changed:
+        raise ConfigError(f"--resume: these cannot change within a run: {'; '.join(changed)}")
+    if not any((folder / "checkpoints").glob("update-*")):
+        raise CheckpointError(f"{folder}: no checkpoint to resume from; start a new run")
+
+
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    run_config(folder)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RunInUseError(f"{folder}: another process is working in this run folder") from None
+
+
+def _evaluate(session: Session, folder: Path, update: int, console: Console) -> dict[str, Any]:
+    """Run all arms, write evaluation.jsonl, evaluation.json and the figure, and print the table."""
+    config = session.config
+    lengths = verify(latest_checkpoint(folder))["log_bytes"]
+    logs = RunLogs(folder, config.log, lengths)  # drops the trajectories of an earlier evaluation
+    pickers = [*PICKERS, *(["oracle"] if config.evaluation.oracle else [])]
+    records: list[dict[str, Any]] = []
+    with console.status("evaluating") if console.is_terminal else contextlib.nullcontext():
+        for batch in run_arms(session, pickers):
+            records += evaluation_records(session, batch, update)
+            _log_evaluation(session, logs, batch, update)
+    logs.close()
+    summary = summarise(records, held_out=config.evaluation.corpus is not None)
+    write_text(folder / "evaluation.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
+    write_text(folder / "evaluation.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    plot_run(metrics, summary, folder / "figures" / "run.png")
+    print_summary(console, summary)
+    return summary
+
+
+def _log_evaluation(session: Session, logs: RunLogs, batch: EvaluationBatch, update: int) -> None:
+    for result in batch.results:
+        labels = {"phase": "evaluation", "arm": result.arm, "update": update, "scorer": "reference"}
+        logs.write(
+            "trajectories.jsonl",
+            trajectory_records(
+                result.paid.rows, result.paid.rewards, result.paid.scores, batch.pool, session.model, labels,
+                batch.first_index,
+            ),
+        )  # fmt: skip
+    logs.pairs(pair_records(batch.pool, batch.prior, session.model))
+
+

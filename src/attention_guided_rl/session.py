@@ -1,0 +1,187 @@
+"""Session: everything a configuration stands for, loaded and checked, and the one way to write and pay trajectories.
+
+In: Config. Out: model, template, embedder, scorer, environment. Training, evaluation and single rollouts all go
+through it, so that they cannot differ.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attention_guided_rl.config import Config, CorpusConfig
+from attention_guided_rl.data import CORPORA
+from attention_guided_rl.data.pairs import PoolStream
+from attention_guided_rl.distributed import Processes
+from attention_guided_rl.embedders import EMBEDDERS
+from attention_guided_rl.environment import Embedder, Picker, ReadingEnvironment, embed_pool_keys, sampled_pick
+from attention_guided_rl.errors import ConfigError
+from attention_guided_rl.loading import load_model, max_positions
+from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.objective import OBJECTIVES, Objective
+from attention_guided_rl.randomness import Purpose, uniforms
+from attention_guided_rl.records import PairPool, Rewards, Scores, TrajectoryBatch
+from attention_guided_rl.reward import REWARDS, RewardInputs
+from attention_guided_rl.rollout import rollout
+from attention_guided_rl.scorer import SCORERS, Scorer, reference_scorer
+from attention_guided_rl.selection import calibrate_temperature, head_scores, query_information, selection_logprobs
+from attention_guided_rl.template import Template, build_template
+
+
+def resolve(table: Mapping[str, Any], name: str, key: str) -> Any:
+    """Look a name up in an open table, or import it if it is `package.module:name`.
+
+    Raises:
+        ConfigError: neither; the message names the key and the nearest entry.
+    """
+    if name in table:
+        return table[name]
+    module, _, attribute = name.partition(":")
+    if attribute:
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"{key}: cannot import {name!r}: {error}") from None
+    near = difflib.get_close_matches(name, table, n=1, cutoff=0.0)
+    raise ConfigError(f"{key}: unknown {name!r}; nearest is {near[0]!r} (or give package.module:name)")
+
+
+@dataclass(frozen=True, slots=True)
+class PaidRows:
+    """Trajectories with their scores and rewards."""
+
+    rows: TrajectoryBatch
+    scores: Scores
+    rewards: Rewards
+    prior: Float[Tensor, "A N"]
+
+
+class Session:
+    """A loaded configuration. `temperature` (τ) is calibrated or restored before the first trajectory."""
+
+    def __init__(self, config: Config, processes: Processes) -> None:
+        """Check what can be checked without a model, then load.
+
+        Raises:
+            AgrlError: of the kind that fits, before any weights load where possible.
+        """
+        self.config, self.processes = config, processes
+        self._reward: Callable[[RewardInputs], Rewards] = resolve(REWARDS, config.reward.kind, "reward.kind")
+        self.objective: Objective = resolve(OBJECTIVES, config.objective.kind, "objective.kind")
+        make_embedder = resolve(EMBEDDERS, config.embedder.kind, "embedder.kind")
+        corpora = [config.corpus] if config.evaluation.corpus is None else [config.corpus, config.evaluation.corpus]
+        for corpus in corpora:
+            resolve(CORPORA, corpus.kind, "corpus.kind")
+        processes.share(config.rollout.articles)
+        available = max_positions(config.model)
+        context = config.rollout.context_tokens or available
+        if context > available:
+            raise ConfigError(f"rollout.context_tokens ({context}) exceeds the model's context of {available} tokens")
+
+        self.model: LanguageModel = load_model(config.model, processes.device, seed=config.training.seed)
+        self.template: Template = build_template(self.model.tokenizer, config.template)
+        self.num_steps = self._resolve_steps(context)
+        self.embedder: Embedder = make_embedder(config.embedder, self.model)
+        if self.embedder.depends_on_policy:
+            raise ConfigError(f"embedder.kind: {config.embedder.kind!r} depends on the policy, which is not supported")
+        self.scorer: Scorer = SCORERS[config.reward.scorer](self.model, config.training.micro_batch_rows)
+        self.reference_scorer: Scorer = reference_scorer(self.model, config.training.micro_batch_rows)
+        self.temperature = config.selection.temperature
+
+    def _resolve_steps(self, context: int) -> int:
+        c = self.config
+        fits = self.template.steps_that_fit(context, c.rollout.query_tokens, c.pairs.value_tokens)
+        steps = min(fits, c.pairs.num_pairs) if c.rollout.steps == "auto" else c.rollout.steps
+        if steps < 1 or steps > fits:
+            raise ConfigError(
+                f"rollout.steps: {max(steps, 1)} steps need "
+                f"{self.template.layout(max(steps, 1), c.rollout.query_tokens, c.pairs.value_tokens).row_len} tokens, "
+                f"more than the context of {context}; lower the steps or the token counts"
+            )
+        return steps
+
+    def stream(self, corpus: CorpusConfig, *, num_probes: int, purpose: Purpose) -> PoolStream:
+        """Open a corpus as a stream of pools."""
+        make: Callable[[CorpusConfig], Any] = resolve(CORPORA, corpus.kind, "corpus.kind")
+        return PoolStream(
+            make(corpus),
+            self.model.encode,
+            self.config.pairs,
+            num_probes=num_probes,
+            seed=self.config.training.seed,
+            purpose=purpose,
+        )
+
+    def uniforms(self, purpose: Purpose, update: int, indices: range, trajectories: int) -> Tensor:
+        """Return the uniform numbers of these articles' rows, (B, S, Q+1)."""
+        c = self.config
+        return uniforms(
+            c.training.seed, purpose, update, indices, trajectories, self.num_steps, c.rollout.query_tokens
+        )
+
+    def environment(self, pool: PairPool, trajectories: int) -> ReadingEnvironment:
+        """Return an environment in which `trajectories` rows per article have read nothing yet."""
+        assert self.temperature is not None, "calibrate or restore the temperature first"
+        env = ReadingEnvironment(self.embedder, self.config.selection, self.temperature)
+        env.reset(pool, embed_pool_keys(self.embedder, pool), trajectories)
+        return env
+
+    def rollout(self, pool: PairPool, uniforms: Tensor, picker: Picker = sampled_pick) -> TrajectoryBatch:
+        """Write trajectories with the active weights (`with session.model.reference():` for the untrained ones)."""
+        env = self.environment(pool, uniforms.shape[0] // pool.num_articles)
+        return rollout(self.model, self.template, env, uniforms, self.config.rollout.temperature, picker)
+
+    def pay(
+        self, rows: TrajectoryBatch, pool: PairPool, prior: Tensor | None = None, scorer: Scorer | None = None
+    ) -> PaidRows:
+        """Score finished rows and compute their rewards; `prior` may be given if this scorer computed it before."""
+        scorer = scorer or self.scorer
+        scores = scorer.score(rows if self.config.reward.query_in_context else rows.without_queries())
+        if prior is None:
+            prior = scorer.prior(pool, self.template)
+        return PaidRows(rows, scores, self.reward(rows.picks, scores.value_logprobs, pool, prior), prior)
+
+    def reward(self, picks: Tensor, value_logprobs: Tensor, pool: PairPool, prior: Tensor) -> Rewards:
+        """Apply the configured reward."""
+        return self._reward(RewardInputs(picks=picks, value_logprobs=value_logprobs, pool=pool, prior=prior))
+
+    def reference_hidden(self, paid: PaidRows) -> Tensor:
+        """Return the reference's hidden states at the query positions, from the scoring pass where it has them."""
+        if self.config.reward.scorer == "reference" and self.config.reward.query_in_context:
+            return paid.scores.query_hidden
+        return self.reference_scorer.score(paid.rows).query_hidden
+
+    def calibrate(self, corpus: CorpusConfig) -> bool:
+        """Fix τ on queries that the untrained policy writes at step 1; return whether the target was reached."""
+        selection, c = self.config.selection, self.config
+        per_article = c.rollout.trajectories
+        num_articles = -(-selection.calibration_queries // per_article)
+        pool = self.stream(corpus, num_probes=0, purpose=Purpose.POOL).next_pool(num_articles)
+        pool = pool.to(self.model.device)
+        self.temperature = 1.0
+        first_query = self.uniforms(Purpose.CALIBRATION, 0, range(num_articles), per_article)[:, :1]
+        with self.model.reference():
+            rows = self.rollout(pool, first_query)
+        ids, mask = rows.query_slots()
+        queries = self.embedder.embed_queries(ids[:, 0], mask[:, 0])
+        scores = head_scores(queries, embed_pool_keys(self.embedder, pool))
+        self.temperature, reached = calibrate_temperature(scores, selection.target_entropy, selection.heads)
+        return reached
+
+    def steerability(self, pool: PairPool) -> float:
+        """Mean KL(σ(·|q) ‖ mean_q σ) in nats with the pool's own keys as queries: a property of embedder and τ."""
+        assert self.temperature is not None
+        keys = embed_pool_keys(self.embedder, pool)
+        nats = []
+        for a in range(pool.num_articles):
+            queries = self.embedder.embed_queries(pool.key_ids[a], pool.key_mask[a])
+            unread = torch.ones(pool.num_pairs, pool.num_pairs, dtype=torch.bool, device=queries.device)
+            scores = head_scores(queries, keys[a : a + 1])
+            logprobs = selection_logprobs(scores, unread, self.temperature, self.config.selection.heads)
+            nats.append(float(query_information(logprobs)))
+        return sum(nats) / len(nats)

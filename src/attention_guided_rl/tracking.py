@@ -1,0 +1,256 @@
+"""Tracking: the files of a run and what is seen on the terminal.
+
+`metrics.jsonl` (one strict-JSON object per update, names in docs/metrics.md), `trajectories.jsonl` and `pairs.jsonl`
+are append-only; a checkpoint records their lengths, and a resume cuts them back to it. Only the main process writes.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from attention_guided_rl.config import LogConfig
+from attention_guided_rl.errors import ConfigError, StorageError
+from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.records import PairPool, Rewards, Scores, TrajectoryBatch
+
+LOGS = ("metrics.jsonl", "trajectories.jsonl", "pairs.jsonl")
+_DIGITS = 6  # decimals of logged float32 numbers
+
+
+class RunLogs:
+    """The append-only logs of a run folder."""
+
+    def __init__(self, run: Path, config: LogConfig, lengths: Mapping[str, int] | None = None) -> None:
+        """Open the logs; with `lengths`, cut them back to a checkpoint first."""
+        self._files: dict[str, TextIO] = {}
+        self._written_pairs: set[str] = set()
+        try:
+            for name in LOGS:
+                path = run / name
+                path.touch()
+                if lengths is not None:
+                    os.truncate(path, lengths[name])
+                self._files[name] = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"{run}: cannot write the logs: {error.strerror}") from error
+        self._tensorboard = _tensorboard_writer(run) if config.tensorboard else None
+
+    def write(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append one JSON line per record."""
+        try:
+            for record in records:
+                self._files[name].write(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            raise StorageError(f"{self._files[name].name}: {error.strerror}") from error
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        """Append an update's metrics."""
+        self.write("metrics.jsonl", [record])
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "update":
+                    self._tensorboard.add_scalar(name, value, record["update"])
+
+    def pairs(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append the pairs that this process has not written yet (memory is bounded: after many, one may recur)."""
+        if len(self._written_pairs) > 200_000:
+            self._written_pairs.clear()
+        fresh = [r for r in records if r["pair"] not in self._written_pairs]
+        self._written_pairs.update(r["pair"] for r in fresh)
+        self.write("pairs.jsonl", fresh)
+
+    def sync(self) -> dict[str, int]:
+        """Make everything written durable and return the lengths of the logs in bytes."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def trajectory_records(
+    rows: TrajectoryBatch,
+    rewards: Rewards,
+    scores: Scores,
+    pool: PairPool,
+    model: LanguageModel,
+    labels: Mapping[str, Any],
+    first_index: int,
+    kept: Tensor | None = None,
+) -> list[dict[str, Any]]:
+    """Return one JSON-ready record per row, as DESIGN's file contract and docs/metrics.md describe them."""
+    group = rows.num_rows // pool.num_articles
+    query_ids, real = rows.query_slots()
+    ids, role, step = rows.ids.tolist(), rows.role.tolist(), rows.step.tolist()
+    columns = {
+        "picks": rows.picks.tolist(),
+        "selection_logprobs": _nested(rows.selection_logprobs),
+        "raw": _nested(rewards.raw),
+        "baseline": _nested(rewards.baseline),
+        "rewards": _nested(rewards.rewards),
+        "value_token_logprobs": _nested(scores.value_logprobs),
+        "sampled_logprobs": _nested(rows.sampled_logprobs),
+    }
+    records = []
+    for b in range(rows.num_rows):
+        a, g = divmod(b, group)
+        queries = [model.decode(q[m].tolist()) for q, m in zip(query_ids[b], real[b], strict=True)]
+        records.append(
+            {
+                "schema": 1,
+                **labels,
+                "index": first_index + a,
+                "article": pool.articles[a].id,
+                "trajectory": g,
+                "pairs": pool.pair_ids[a],
+                "ids": ids[b],
+                "role": role[b],
+                "step": step[b],
+                "queries": queries,
+                **{name: column[b] for name, column in columns.items()},
+                "probes": pool.probe_pair_ids[a],
+                "kept": True if kept is None else bool(kept[b]),
+            }
+        )
+    return records
+
+
+def pair_records(pool: PairPool, prior: Tensor, model: LanguageModel) -> list[dict[str, Any]]:
+    """Return one JSON-ready record per pool pair and probe."""
+    records = []
+    for a, article in enumerate(pool.articles):
+        for probe, count in ((False, len(pool.pair_ids[a])), (True, len(pool.probe_pair_ids[a]))):
+            prefix = "probe_" if probe else ""
+            for n in range(count):
+                key, value = (
+                    getattr(pool, f"{prefix}{part}_ids")[a, n][getattr(pool, f"{prefix}{part}_mask")[a, n]].tolist()
+                    for part in ("key", "value")
+                )
+                subject = int((pool.probe_subject if probe else pool.subject)[a, n])
+                pair_id = (pool.probe_pair_ids if probe else pool.pair_ids)[a][n]
+                records.append(
+                    {
+                        "pair": pair_id,
+                        "article": article.id,
+                        "source": article.source,
+                        "revision": article.revision,
+                        "hash": pair_id.rpartition("-")[0],
+                        "position": int((pool.probe_position if probe else pool.position)[a, n]),
+                        "title": article.title,
+                        "subject": None if subject < 0 else subject,
+                        "key_ids": key,
+                        "value_ids": value,
+                        "key": model.decode(key),
+                        "value": model.decode(value),
+                        "prior": None if probe else round(float(prior[a, n]), _DIGITS),
+                    }
+                )
+    return records
+
+
+def environment_record() -> dict[str, Any]:
+    """Return what the run was made with: versions and machine, nothing personal."""
+    packages = ("attention-guided-rl", "torch", "transformers", "peft", "accelerate", "numpy", "tokenizers")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "packages": {name: _version(name) for name in packages},
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+class TrainingProgress:
+    """A progress bar on a terminal, a plain line now and then elsewhere; it also times the updates."""
+
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        self._console, self._total = console, total
+        self._last_line = self._last_update = time.perf_counter()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(),
+            )  # fmt: skip
+            self._bar = Progress(*columns, console=console, transient=False)
+            self._task = self._bar.add_task("training", total=total, completed=done)
+
+    def __enter__(self) -> "TrainingProgress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def seconds_since_last(self) -> float:
+        """Return the time since the last call, or since the start."""
+        now = time.perf_counter()
+        seconds, self._last_update = now - self._last_update, now
+        return seconds
+
+    def show(self, metrics: Mapping[str, Any]) -> None:
+        """Show an update's metrics."""
+        update = metrics["update"]
+        line = f"reward {metrics['reward/mean']:+.3f}  kl {metrics['loss/kl']:.3f}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=update, description=line)
+            return
+        now = time.perf_counter()
+        if update in (1, self._total) or now - self._last_line >= 10:
+            self._last_line = now
+            self._console.print(
+                f"update {update}/{self._total}  {line}  {metrics['time/update_s']:.1f} s", highlight=False
+            )
+
+
+def make_console() -> Console:
+    """Return the console for everything a person reads; width 100 where there is no terminal."""
+    return Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=100, soft_wrap=True)
+
+
+def _nested(values: Tensor) -> list[Any]:
+    """Return nested lists of rounded numbers, None where −inf."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, list):
+            return [plain(x) for x in item]
+        return None if item == float("-inf") else round(item, _DIGITS)
+
+    return [plain(row) for row in values.tolist()]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _tensorboard_writer(run: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "log.tensorboard needs the package tensorboard: pip install 'attention-guided-rl[tensorboard]'"
+        ) from None
+    return SummaryWriter(log_dir=str(run / "tensorboard"))  # type: ignore[no-untyped-call]

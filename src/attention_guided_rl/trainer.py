@@ -1,0 +1,334 @@
+"""Trainer: the training loop, read from top to bottom.
+
+    pools → trajectories → rewards → advantages → keep → update → state → log → checkpoint
+
+In: a Config and a run folder. Out: the folder's logs and checkpoints. Every process runs the same loop on its share of
+the articles; rewards are gathered, so advantages and statistics are computed from all rows, alike on every process.
+"""
+
+import contextlib
+import math
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attention_guided_rl.checkpoint import (
+    RunState,
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    verify,
+)
+from attention_guided_rl.config import OptimizerConfig
+from attention_guided_rl.errors import NumericError
+from attention_guided_rl.randomness import Purpose, generator
+from attention_guided_rl.records import Advantages, PairPool, UpdateBatch
+from attention_guided_rl.rl_agent import compute_advantages, effective_sample_size
+from attention_guided_rl.selection import entropy, query_information
+from attention_guided_rl.session import PaidRows, Session
+from attention_guided_rl.tracking import RunLogs, TrainingProgress, make_console, pair_records, trajectory_records
+
+MAX_NONFINITE_IN_A_ROW = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How training ended."""
+
+    state: RunState
+    interrupted_by: int | None
+    """Signal number, or None if all updates were done."""
+    checkpoint: Path
+
+
+def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
+    """Train until `training.updates` are done or a signal arrives; a checkpoint is written either way.
+
+    Raises:
+        AgrlError: of the kind that fits; what was checkpointed stays.
+    """
+    config, processes = session.config, session.processes
+    stream = session.stream(config.corpus, num_probes=0, purpose=Purpose.POOL)
+    optimizer = make_optimizer(session, config.optimizer)
+    state, logs = _start(session, run, stream, optimizer, resume)
+    num_articles, share = config.rollout.articles, processes.share(config.rollout.articles)
+    total, group = config.training.updates, config.rollout.trajectories
+    saved = checkpoint_path(run, state.update) if resume else None
+
+    with _signals() as received, TrainingProgress(make_console(), total, state.update) as progress:
+        while state.update < total and not received:
+            update = state.update
+            pool = stream.next_pool(num_articles, keep=share).to(session.model.device)
+            indices = range(num_articles)[share]
+            rows = session.rollout(pool, session.uniforms(Purpose.TRAINING, update, indices, group))
+            paid = session.pay(rows, pool)
+            rewards = control_rewards(session, processes.gather_rows(paid.rewards.rewards), update)
+            advantages, agent = compute_advantages(rewards, config.objective, state.agent, group)
+            outcome = apply_update(session, optimizer, paid, advantages, rewards, update)
+            state = _next_state(state, replace(state, agent=agent, position=stream.position), outcome)
+            metrics = {
+                "update": state.update,
+                "episodes": state.update * num_articles * group,
+                **outcome.metrics,
+                **update_metrics(session, paid, advantages, rewards, state),
+                "data/skipped_articles": stream.num_skipped,
+                "time/update_s": round(progress.seconds_since_last(), 4),
+            }
+            log_update(session, logs, metrics, paid, pool, advantages, indices.start)
+            progress.show(metrics)
+            if state.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW:
+                raise NumericError(f"{MAX_NONFINITE_IN_A_ROW} updates in a row had non-finite numbers; see metrics.jsonl")
+            if state.update % config.training.checkpoint_every == 0:
+                saved = save(session, run, state, optimizer, logs)
+    if saved != checkpoint_path(run, state.update):
+        saved = save(session, run, state, optimizer, logs)
+    if logs is not None:
+        logs.close()
+    return Trained(state, received[0] if received else None, checkpoint_path(run, state.update))
+
+
+def control_rewards(session: Session, rewards: Tensor, update: int) -> Tensor:
+    """Return the rewards, permuted among the trajectories of each group if the shuffled control is on."""
+    if not session.config.training.shuffled_rewards:
+        return rewards
+    groups = rewards.unflatten(0, (-1, session.config.rollout.trajectories)).clone()
+    rng = generator(session.config.training.seed, Purpose.CONTROL, update)
+    for a in range(groups.shape[0]):
+        groups[a] = groups[a][torch.from_numpy(rng.permutation(groups.shape[1]))]
+    return groups.flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What happened to the weights in an update."""
+
+    metrics: dict[str, float]
+    stepped: bool
+    finite: bool
+
+
+def make_optimizer(session: Session, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Return AdamW over what is trained."""
+    return torch.optim.AdamW(
+        session.model.named_trainable().values(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
+
+
+def apply_update(
+    session: Session,
+    optimizer: torch.optim.Optimizer,
+    paid: PaidRows,
+    advantages: Advantages,
+    rewards: Tensor,
+    update: int,
+) -> Outcome:
+    """Accumulate the gradient of the kept rows over micro-batches and processes, and take one optimiser step.
+
+    No step, not even for the KL, when no row is kept or every kept advantage is exactly 0; none when a reward, the
+    loss or the gradient is not finite. `advantages` are of all rows, `paid` is of this process's.
+    """
+    config, processes = session.config, session.processes
+    learning_rate = _learning_rate(config.optimizer, update)
+    metrics = {"optimizer/learning_rate": learning_rate, "loss/total": 0.0, "loss/policy": 0.0, "loss/kl": 0.0}
+    kept_advantages = advantages.advantages[advantages.keep]
+    if not bool(torch.isfinite(rewards).all()):
+        return Outcome(metrics, stepped=False, finite=False)
+    if not bool((kept_advantages != 0).any()):
+        return Outcome(metrics, stepped=False, finite=True)
+
+    rows = paid.rows
+    start = processes.rank * rows.num_rows
+    mine = slice(start, start + rows.num_rows)
+    keep = advantages.keep[mine].nonzero()[:, 0].to(rows.ids.device)
+    denominator = int(advantages.keep.sum()) * rows.num_steps * rows.layout.query_len
+    reference_hidden = session.reference_hidden(paid)
+    own_advantages = advantages.advantages[mine].to(rows.ids.device)
+    sums: dict[str, Tensor] = {}
+    optimizer.zero_grad()
+    for number, index in enumerate(keep.split(config.training.micro_batch_rows or max(1, rows.num_rows))):
+        if len(index) == 0:
+            continue
+        batch = UpdateBatch(
+            rows=rows.select(index),
+            advantages=own_advantages[index],
+            reference_hidden=reference_hidden[index],
+            num_query_tokens=denominator,
+        )
+        torch.manual_seed(_dropout_seed(config.training.seed, update, processes.rank, number))
+        with session.model.adapter_dropout():
+            output = session.objective(session.model, batch, config.objective.kl, config.rollout.temperature)
+        output.loss.backward()  # type: ignore[no-untyped-call]
+        for name, value in {"loss/total": output.loss.detach(), **output.metrics}.items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value
+    return _step(session, optimizer, metrics, sums, learning_rate)
+
+
+def _step(
+    session: Session,
+    optimizer: torch.optim.Optimizer,
+    metrics: dict[str, float],
+    sums: dict[str, Tensor],
+    learning_rate: float,
+) -> Outcome:
+    """Add up gradients and metrics over the processes, guard, clip, step."""
+    parameters = list(session.model.named_trainable().values())
+    for parameter in parameters:
+        if parameter.grad is None:  # this process had no kept row
+            parameter.grad = torch.zeros_like(parameter)
+    names = ("loss/total", "loss/policy", "loss/kl", "policy/entropy", "policy/sampler_mismatch")
+    totals = torch.stack([sums.get(n, torch.zeros((), device=session.model.device)).double().float() for n in names])
+    session.processes.sum_([p.grad for p in parameters if p.grad is not None] + [totals])
+    norm = nn.utils.clip_grad_norm_(parameters, session.config.optimizer.max_grad_norm)
+    values = dict(zip(names, totals.tolist(), strict=True)) | {"optimizer/gradient_norm": float(norm)}
+    finite = all(math.isfinite(v) for v in values.values())
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    optimizer.zero_grad()
+    return Outcome(metrics | {k: v for k, v in values.items() if math.isfinite(v)}, stepped=finite, finite=finite)
+
+
+def update_metrics(
+    session: Session, paid: PaidRows, advantages: Advantages, rewards: Tensor, state: RunState
+) -> dict[str, Any]:
+    """Return an update's metrics that are not about the weights; over all rows of all processes."""
+    rows, processes = paid.rows, session.processes
+    selection = processes.gather_rows(rows.selection_logprobs)
+    picks = processes.gather_rows(rows.picks)
+    raw = processes.gather_rows(paid.rewards.raw)
+    choices = (selection > -math.inf).sum(-1) >= 2
+    first = selection[:, 0].unflatten(0, (-1, session.config.rollout.trajectories))
+    kept = advantages.advantages[advantages.keep]
+    picked = selection.gather(-1, picks[:, :, None]).squeeze(-1)
+    return {
+        "reward/mean": _finite(rewards.mean()),
+        "reward/raw": _finite(raw.mean()),
+        "reward/std": _finite(rewards.mean(1).std(correction=0)),
+        "advantage/scale": state.agent.scale,
+        "advantage/effective_sample_size": effective_sample_size(kept),
+        "filter/kept_fraction": float(advantages.keep.float().mean()),
+        "filter/empty_updates": state.empty_updates,
+        "guard/nonfinite_updates": state.nonfinite_updates,
+        "selection/entropy": _finite(entropy(selection)[choices].mean()) if bool(choices.any()) else None,
+        "selection/picked_logprob": _finite(picked.mean()),
+        "selection/query_information": _finite(torch.stack([query_information(g) for g in first]).mean()),
+    }
+
+
+def log_update(
+    session: Session,
+    logs: RunLogs | None,
+    metrics: dict[str, Any],
+    paid: PaidRows,
+    pool: PairPool,
+    advantages: Advantages,
+    first_index: int,
+) -> None:
+    """Write an update's metrics and, if it is its turn, its trajectories; in global order whatever the processes."""
+    processes, every = session.processes, session.config.log.trajectories_every
+    if every and (metrics["update"] - 1) % every == 0:
+        start = processes.rank * paid.rows.num_rows
+        labels = {
+            "phase": "train",
+            "arm": "trained",
+            "update": metrics["update"],
+            "scorer": session.config.reward.scorer,
+        }
+        records = trajectory_records(
+            paid.rows, paid.rewards, paid.scores, pool, session.model, labels, first_index,
+            advantages.keep[start : start + paid.rows.num_rows],
+        )  # fmt: skip
+        trajectories = processes.gather_objects(records)
+        pairs = processes.gather_objects(pair_records(pool, paid.prior, session.model))
+        if logs is not None:
+            logs.write("trajectories.jsonl", trajectories)
+            logs.pairs(pairs)
+    if logs is not None:
+        logs.metrics(metrics)
+
+
+def save(
+    session: Session, run: Path, state: RunState, optimizer: torch.optim.Optimizer, logs: RunLogs | None
+) -> Path:
+    """Write a checkpoint (main process) and wait until it is there (all)."""
+    if logs is not None:
+        config = session.config
+        readme = (
+            f"# Query policy, {state.update} updates\n\n"
+            f"- base model: {config.model.name} (revision {config.model.revision or 'newest'})\n"
+            f"- corpus: {config.corpus.kind} {config.corpus.path or config.corpus.variant}\n"
+            "- loads with `peft.PeftModel.from_pretrained` (adapter/) or `from_pretrained` (model/)\n"
+            "- the licences of base model and corpus apply\n"
+        )
+        save_checkpoint(run, state, session.model, optimizer, logs.sync(), readme)
+    session.processes.wait()
+    return checkpoint_path(run, state.update)
+
+
+def _start(
+    session: Session, run: Path, stream: Any, optimizer: torch.optim.Optimizer, resume: bool
+) -> tuple[RunState, RunLogs | None]:
+    """Begin at update 0, or where the newest good checkpoint ends."""
+    main = session.processes.is_main
+    if resume:
+        path = latest_checkpoint(run)
+        lengths = verify(path)["log_bytes"]
+        state = load_checkpoint(path, session.model, optimizer)
+        session.temperature = state.temperature
+        stream.resume(state.position)
+        return state, RunLogs(run, session.config.log, lengths) if main else None
+    assert session.temperature is not None
+    return RunState(temperature=session.temperature), RunLogs(run, session.config.log) if main else None
+
+
+def _next_state(before: RunState, after: RunState, outcome: Outcome) -> RunState:
+    """Count the update; one with non-finite numbers leaves the agent's statistics as they were."""
+    return replace(
+        after,
+        agent=after.agent if outcome.finite else before.agent,
+        update=before.update + 1,
+        empty_updates=before.empty_updates + (outcome.finite and not outcome.stepped),
+        nonfinite_updates=before.nonfinite_updates + (not outcome.finite),
+        nonfinite_in_a_row=0 if outcome.finite else before.nonfinite_in_a_row + 1,
+    )
+
+
+def _learning_rate(config: OptimizerConfig, update: int) -> float:
+    """Linear warm-up, then constant; the schedule advances with every update, stepped or not."""
+    return config.learning_rate * min(1.0, (update + 1) / max(1, config.warmup_updates))
+
+
+def _dropout_seed(seed: int, update: int, rank: int, micro_batch: int) -> int:
+    return int(generator(seed, Purpose.DROPOUT, update, rank, micro_batch).integers(2**62))
+
+
+def _finite(value: Tensor) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM: the first lets the update finish, a second ends at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
