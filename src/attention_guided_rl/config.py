@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from attention_guided_rl.errors import ConfigError
 
@@ -20,6 +20,11 @@ from attention_guided_rl.errors import ConfigError
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _null_is_a_name(value: Any) -> Any:
+    """YAML reads a bare null as nothing; where it is one of the names, it is meant as a name."""
+    return "null" if value is None else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +83,7 @@ class CorpusConfig:
     """Read only the article with this title, again and again."""
     shuffle: bool = True
     """`files`: visit the articles in a new random order in every pass; otherwise in file order."""
-    variant: Literal["threads", "needle", "chain", "null"] = "threads"
+    variant: Annotated[Literal["threads", "needle", "chain", "null"], BeforeValidator(_null_is_a_name)] = "threads"
     """`encyclopedia`: what is planted."""
     subjects: int = 7
     """`encyclopedia`: subjects of an article."""

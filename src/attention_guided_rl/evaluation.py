@@ -276,6 +276,13 @@ def summarise(records: Sequence[Mapping[str, Any]], *, held_out: bool) -> dict[s
     }
 
 
+def unit_contrast(records: Sequence[Mapping[str, Any]], a: str, b: str) -> dict[str, Any]:
+    """Return the paired difference of two arms over articles (over trajectories if there is one article)."""
+    unit = "article" if len({r["article"] for r in records}) > 1 else "index"
+    values = _unit_means([r for r in records if r["arm"] in (a, b)], "reward", unit)
+    return _contrast(values[a], values[b])
+
+
 def _unit_means(records: Sequence[Mapping[str, Any]], field: str, unit: str) -> dict[str, dict[Any, float]]:
     """Average a field by arm and unit, in the order of first appearance."""
     sums: dict[str, dict[Any, list[float]]] = {}

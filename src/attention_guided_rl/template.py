@@ -67,15 +67,14 @@ def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 def _plain_template(tokenizer: Any, config: TemplateConfig) -> Template:
     bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-    template = Template(
+    if not config.query_prefix or not config.value_prefix:
+        raise ConfigError("template.query_prefix and template.value_prefix must not be empty: slots need a token before")
+    return Template(
         prompt=bos + _encode(tokenizer, config.prompt),
         before_query=_encode(tokenizer, config.query_prefix),
         before_value=_encode(tokenizer, config.value_prefix),
         prompt_text=config.prompt + config.query_prefix,
     )
-    if not template.prompt + template.before_query:
-        raise ConfigError("template.prompt: the first query needs something before it; give a prompt or a query_prefix")
-    return template
 
 
 def _chat_template(tokenizer: Any, config: TemplateConfig) -> Template:
