@@ -48,8 +48,10 @@ def naive_update(session: Session, pool: PairPool, uniforms: Tensor, batch_rows:
     return NaiveResult(picks, rewards)
 
 
-def _rollout(session: Session, pool: PairPool, uniforms: Tensor, article: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-    template, model, config = session.template, session.model, session.config
+def _rollout(
+    session: Session, pool: PairPool, uniforms: Tensor, article: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    template, config = session.template, session.config
     rows, num_steps = uniforms.shape[:2]
 
     def constant(piece: tuple[int, ...]) -> Tensor:

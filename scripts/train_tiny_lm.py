@@ -61,9 +61,7 @@ def sample_document(rng: np.random.Generator, seed: int, index: int, num_steps: 
         pairs_per_subject = int(rng.integers(3, MAX_PAIRS_PER_SUBJECT + 1))
         if num_steps <= subjects * pairs_per_subject <= 40:
             break
-    pairs = generate_article(
-        seed, index, variant=variant, subjects=subjects, pairs_per_subject=pairs_per_subject
-    ).pairs
+    pairs = generate_article(seed, index, variant=variant, subjects=subjects, pairs_per_subject=pairs_per_subject).pairs
     pieces = [PROMPT]
     for pick in rng.permutation(len(pairs))[:num_steps]:
         kind = rng.choice(["empty", "own", "other", "invented"], p=[0.05, 0.95 * 0.7, 0.95 * 0.15, 0.95 * 0.15])
@@ -121,7 +119,8 @@ def next_token_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def copying_loss(model: LlamaForCausalLM, documents: Documents, seed: int) -> float:
     """Mean loss (nats a token) of the last value of 8-step `threads` documents about two subjects, own-key queries.
 
-    Without any use of the context it would be about 1.8 nats (six attributes and a detail a value); the detail alone is 0.32.
+    Without any use of the context it would be about 1.8 nats (six attributes and a detail a value); the detail alone
+    is 0.32.
     """
     rows = []
     for index in range(64):
@@ -136,6 +135,7 @@ def copying_loss(model: LlamaForCausalLM, documents: Documents, seed: int) -> fl
 
 
 def main() -> None:
+    """Train, report every 50 steps, and write model, tokenizer and training.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2400)

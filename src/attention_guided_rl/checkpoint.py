@@ -1,7 +1,7 @@
 """Checkpoints: what a run needs to go on bit for bit, written so that a reader sees a whole checkpoint or none.
 
 A checkpoint is staged in a hidden folder; a manifest with the SHA-256 of every file and the length of every log is
-written last; everything is fsynced; a rename is the commit point. Random numbers need no saving: they are counter-based.
+written last; everything is fsynced; a rename is the commit point. Random numbers need no saving: they are counters.
 
     checkpoints/update-000050/{adapter/ | model/, optimizer.safetensors, state.json, manifest.json}
 """

@@ -1,7 +1,7 @@
 """The command line: parse, call, turn errors into one line and an exit code. No logic of its own.
 
-Exit codes: 0 done · 2 usage or configuration · 3 corpus · 4 credentials · 5 remote service · 7 checkpoint · 8 storage ·
-9 non-finite numbers · 12 run folder in use · 13 refused for safety · 70 a bug of ours · 130/143 interrupted, state saved.
+Exit codes: 0 done · 2 usage or configuration · 3 corpus · 4 credentials · 5 remote service · 7 checkpoint · 8 storage
+· 9 non-finite numbers · 12 run folder in use · 13 refused for safety · 70 a bug of ours · 130/143 interrupted, saved.
 """
 
 import argparse
@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from attention_guided_rl import runs
     from attention_guided_rl.config import load_config
+    from attention_guided_rl.errors import RunInUseError
 
     if options.resume:
         folder = options.runs_folder / options.run if options.run else runs.newest_run(options.runs_folder)
@@ -128,7 +129,7 @@ def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
         preset = options.preset or (None if options.config else "demo")
         folder = runs.new_run_folder(options.run, preset, options.runs_folder)
         if folder.exists():
-            raise runs.RunInUseError(f"{folder} exists; choose another --run, or add --resume to go on with it")
+            raise RunInUseError(f"{folder} exists; choose another --run, or add --resume to go on with it")
         config = load_config(options.preset, options.config, overrides)
     resume_command = f"agrl train --run {folder.name} --resume"
     if options.runs_folder != Path("runs"):
@@ -137,7 +138,7 @@ def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
         result = runs.train(config, folder, resume=options.resume)
     except AgrlError as error:
         saved = sorted((folder / "checkpoints").glob("update-*"))
-        if saved and not isinstance(error, ConfigError | runs.RunInUseError):
+        if saved and not isinstance(error, ConfigError | RunInUseError):
             print(f"agrl: saved: {saved[-1]}; to go on: {resume_command}", file=sys.stderr)
         raise
     if result.trained.interrupted_by is not None:
@@ -201,4 +202,3 @@ def _print_config_help(command: str) -> None:
 
 def _show_warning(message: Warning | str, *rest: Any, **options: Any) -> None:
     print(f"agrl: warning: {message}", file=sys.stderr)
-

@@ -60,7 +60,7 @@ class TemplateConfig:
     """How prompt, queries and values become one row of tokens."""
 
     kind: Literal["auto", "chat", "plain"] = "auto"
-    """`chat`: assistant turn = query, user turn = value; `plain`: the two prefixes; `auto`: chat if the model has one."""
+    """`chat`: assistant turn = query, user turn = value; `plain`: the two prefixes; `auto`: chat if there is one."""
     prompt: str = "Ask for what to read next."
     """Instruction at the start of every row."""
     query_prefix: str = "\nQuery:"
@@ -190,7 +190,7 @@ class RewardConfig:
     """What a trajectory is paid for."""
 
     kind: str = "value_prior"
-    """`plain` (log-probability of the value), `value_prior` (minus that of the value alone), or `package.module:name`."""
+    """`plain` (log-probability of the value), `value_prior` (minus the value alone's), or `package.module:name`."""
     scorer: Literal["reference", "policy"] = "reference"
     """Who predicts the values: the frozen reference, or the live policy (detached)."""
     query_in_context: bool = True

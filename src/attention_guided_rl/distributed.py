@@ -26,14 +26,17 @@ class Processes:
 
     @property
     def count(self) -> int:
+        """Number of processes."""
         return int(self._state.num_processes)
 
     @property
     def rank(self) -> int:
+        """This process's number."""
         return int(self._state.process_index)
 
     @property
     def is_main(self) -> bool:
+        """Whether this process writes the files."""
         return bool(self._state.is_main_process)
 
     def share(self, num_articles: int) -> slice:

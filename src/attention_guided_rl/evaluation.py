@@ -6,8 +6,8 @@ is the frozen reference, whatever training used.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from attention_guided_rl.config import CorpusConfig
 from attention_guided_rl.data.encyclopedia import planted_pick
 from attention_guided_rl.environment import Picker, ReadingEnvironment, sampled_pick
 from attention_guided_rl.randomness import Purpose, generator
-from attention_guided_rl.records import PROMPT, QUERY, TEMPLATE, VALUE, PADDING, PairPool, TrajectoryBatch, slot
+from attention_guided_rl.records import PADDING, PROMPT, QUERY, TEMPLATE, VALUE, PairPool, TrajectoryBatch, slot
 from attention_guided_rl.selection import sample
 from attention_guided_rl.session import PaidRows, Session
 from attention_guided_rl.statistics import bootstrap_mean, holm, sign_flip_p, smallest_detectable
@@ -49,7 +49,9 @@ class EvaluationBatch:
     results: tuple[ArmResult, ...]
 
 
-def run_arms(session: Session, pickers: Sequence[str], *, corpus: CorpusConfig | None = None) -> Iterator[EvaluationBatch]:
+def run_arms(
+    session: Session, pickers: Sequence[str], *, corpus: CorpusConfig | None = None
+) -> Iterator[EvaluationBatch]:
     """Run arms on `evaluation.articles` articles, a batch at a time: each picker's own text, and own-key text.
 
     `planted` is left out where the corpus has no subjects. Arms with picks of their own policy come first.
@@ -83,7 +85,7 @@ def _pay(session: Session, rows: TrajectoryBatch, pool: PairPool, prior: Tensor)
 def _rollout_arm(
     session: Session, name: str, pool: PairPool, prior: Tensor, numbers: Tensor, variant: str
 ) -> TrajectoryBatch:
-    """Write one trajectory per article: by the policy for `trained`, otherwise by the reference with the arm's picks."""
+    """Write one trajectory per article: the policy's for `trained`, else the reference's with the arm's picks."""
     if name == "trained":
         return session.rollout(pool, numbers)
     pickers: Mapping[str, Picker] = {
@@ -109,7 +111,9 @@ def _first_unread(preference: Float[Tensor, "B N"], unread: Bool[Tensor, "B N"])
 
 
 def _article_order_pick(env: ReadingEnvironment, logprobs: Tensor, uniform: Tensor) -> Tensor:
-    return _first_unread(-torch.arange(env.unread.shape[1], device=uniform.device).float().expand_as(env.unread), env.unread)
+    return _first_unread(
+        -torch.arange(env.unread.shape[1], device=uniform.device).float().expand_as(env.unread), env.unread
+    )
 
 
 def _easy_to_hard(prior: Float[Tensor, "A N"]) -> Picker:
@@ -295,7 +299,7 @@ def _differences(a: Mapping[Any, float], b: Mapping[Any, float]) -> list[float]:
     return [a[unit] - b[unit] for unit in a if unit in b]
 
 
-def _contrast(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[str, float | None]:
+def _contrast(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[str, Any]:
     differences = _differences(a, b)
     detectable = smallest_detectable(differences)
     return {

@@ -32,16 +32,12 @@ def measure_headroom(session: Session) -> dict[str, dict[str, Any]]:
         records += evaluation_records(session, batch, update=0)
     arms = [arm for arm in dict.fromkeys(r["arm"] for r in records) if arm.endswith("/key") or arm == "oracle"]
     contrasts = {arm: unit_contrast(records, arm, "random/key") for arm in arms if arm != "random/key"}
-    pool = session.stream(
-        corpus, num_probes=config.evaluation.num_probes, purpose=Purpose.EVALUATION_POOL
-    ).next_pool(8)
+    pool = session.stream(corpus, num_probes=config.evaluation.num_probes, purpose=Purpose.EVALUATION_POOL).next_pool(8)
     _print(make_console(), contrasts, session.steerability(pool.to(session.model.device)), corpus)
     return contrasts
 
 
-def _print(
-    console: Console, contrasts: dict[str, dict[str, Any]], steerability: float, corpus: CorpusConfig
-) -> None:
+def _print(console: Console, contrasts: dict[str, dict[str, Any]], steerability: float, corpus: CorpusConfig) -> None:
     variant = f" ({corpus.variant})" if corpus.kind == "encyclopedia" else ""
     table = Table(
         title=f"Headroom on {corpus.kind}{variant}: reward minus that of random picks, nats per value token",
@@ -56,7 +52,7 @@ def _print(
     best = max(c["low"] for arm, c in contrasts.items() if arm not in ("oracle", "planted_shuffled/key"))
     if best < NOTHING_TO_LEARN:
         console.print(
-            "No simple order beats random picks here: expect nothing from learning the order. (A greedy search maximises "
-            "noise too, so its lead alone is no headroom.)",
+            "No simple order beats random picks here: expect nothing from learning the order. (A greedy search "
+            "maximises noise too, so its lead alone is no headroom.)",
             highlight=False,
         )

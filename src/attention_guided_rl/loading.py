@@ -53,7 +53,7 @@ def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, min_
     bad = [name for name, p in causal_lm.named_parameters() if not torch.isfinite(p).all()]
     if bad:
         raise NumericError(f"model.name: {config.name!r} has non-finite weights, first in {bad[0]}")
-    return prepare(causal_lm.to(device), tokenizer, config, seed=seed)
+    return prepare(causal_lm.to(device), tokenizer, config, seed=seed)  # type: ignore[arg-type]  # its wrapper
 
 
 def prepare(causal_lm: Any, tokenizer: Any, config: ModelConfig, *, seed: int = 0) -> LanguageModel:

@@ -74,7 +74,7 @@ class LanguageModel:
         """Put weights written by `save` into the policy; the reference is untouched."""
         if self.peft_model is not None:
             weights = load_file(f"{folder}/adapter_model.safetensors")
-            result = set_peft_model_state_dict(self.peft_model, weights)
+            result: Any = set_peft_model_state_dict(self.peft_model, weights)
             if result.unexpected_keys or any("lora_" in key for key in result.missing_keys):
                 raise ValueError("the adapter's tensors are not those of this model and rank")
             return
@@ -150,9 +150,7 @@ class LanguageModel:
         """Return the log-probability of ids under the states that predict them; 0 at padding."""
         return torch.where(role == PADDING, 0.0, self._gather_logprobs(states, ids))
 
-    def policy_logprobs(
-        self, states: Float[Tensor, "*shape D"], temperature: float
-    ) -> Float[Tensor, "*shape V"]:
+    def policy_logprobs(self, states: Float[Tensor, "*shape D"], temperature: float) -> Float[Tensor, "*shape V"]:
         """Return the query distribution: tempered, without control tokens (−inf there)."""
         logits = self._logits(states) / temperature
         return logits.masked_fill(~self.query_vocabulary, -torch.inf).log_softmax(-1)
@@ -200,7 +198,7 @@ class LanguageModel:
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
-        return states  # type: ignore[no-any-return]
+        return states
 
     def _logits(self, states: Tensor) -> Tensor:
         """Apply the output head, in float32, as the model's own forward does (checked when it is loaded)."""
@@ -209,7 +207,7 @@ class LanguageModel:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _gather_logprobs(self, states: Tensor, ids: Tensor) -> Tensor:
-        """log softmax(logits)[id], a chunk of rows at a time so that no (rows, tokens, vocabulary) tensor is whole."""
+        """Log softmax(logits)[id], a chunk of rows at a time so that no (rows, tokens, vocabulary) tensor is whole."""
         rows = max(1, _HEAD_CHUNK // (ids.shape[1] * self.config.vocab_size))
         parts = []
         for start in range(0, ids.shape[0], rows):

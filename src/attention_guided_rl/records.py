@@ -8,6 +8,7 @@ Log-probabilities and rewards are in nats. Masks are True where there is a real 
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -66,15 +67,21 @@ class PairPool:
 
     def to(self, device: torch.device) -> "PairPool":
         """Return the pool with its tensors on a device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
+        moved: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                moved[f.name] = value.to(device)
+        return replace(self, **moved)
 
     @property
     def num_articles(self) -> int:
+        """A."""
         return self.key_ids.shape[0]
 
     @property
     def num_pairs(self) -> int:
+        """N."""
         return self.key_ids.shape[1]
 
     @property
@@ -96,18 +103,22 @@ class RowLayout:
 
     @property
     def step_len(self) -> int:
+        """Tokens of one step."""
         return self.before_query_len + self.query_len + self.before_value_len + self.value_len
 
     @property
     def row_len(self) -> int:
+        """T: tokens of a whole row."""
         return self.prompt_len + self.num_steps * self.step_len
 
     @property
     def query_positions(self) -> Int[Tensor, "S*Q"]:
+        """Places of the query slots."""
         return self._slots(self.before_query_len, self.query_len)
 
     @property
     def value_positions(self) -> Int[Tensor, "S*L"]:
+        """Places of the value slots."""
         return self._slots(self.step_len - self.value_len, self.value_len)
 
     def _slots(self, offset: int, length: int) -> Tensor:
@@ -138,10 +149,12 @@ class TrajectoryBatch:
 
     @property
     def num_rows(self) -> int:
+        """B."""
         return self.ids.shape[0]
 
     @property
     def num_steps(self) -> int:
+        """S."""
         return self.picks.shape[1]
 
     def select(self, rows: Tensor) -> "TrajectoryBatch":
@@ -193,6 +206,7 @@ class Rewards:
 
     @property
     def rewards(self) -> Float[Tensor, "B S"]:
+        """r_t."""
         return self.raw - self.baseline
 
 

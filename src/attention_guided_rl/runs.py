@@ -188,9 +188,7 @@ def _prepare(session: Session, console: Console) -> None:
     pool = session.stream(config.corpus, num_probes=0, purpose=Purpose.POOL).next_pool(1).to(session.model.device)
     if config.evaluation.articles:
         corpus = config.evaluation.corpus or config.corpus
-        session.stream(
-            corpus, num_probes=config.evaluation.num_probes, purpose=Purpose.EVALUATION_POOL
-        ).next_pool(1)
+        session.stream(corpus, num_probes=config.evaluation.num_probes, purpose=Purpose.EVALUATION_POOL).next_pool(1)
     steerability = session.steerability(pool)
     rollout = config.rollout
     layout = session.template.layout(session.num_steps, rollout.query_tokens, config.pairs.value_tokens)
@@ -292,5 +290,3 @@ def _log_evaluation(session: Session, logs: RunLogs, batch: EvaluationBatch, upd
             ),
         )  # fmt: skip
     logs.pairs(pair_records(batch.pool, batch.prior, session.model))
-
-

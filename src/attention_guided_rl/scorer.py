@@ -23,8 +23,10 @@ from attention_guided_rl.template import Template
 class Scorer(Protocol):
     """Predicts values; never has gradients."""
 
-    live: bool
-    """True: its weights change in training, so nothing it computed may be kept."""
+    @property
+    def live(self) -> bool:
+        """Whether its weights change in training, so that nothing it computed may be kept."""
+        ...
 
     def score(self, rows: TrajectoryBatch) -> Scores:
         """Score every value of finished rows, after everything before it."""
@@ -87,7 +89,10 @@ class ModelScorer:
         size = self.micro_batch_rows or len(ids)
         with self.weights():
             logprobs = torch.cat(
-                [self.model.token_logprobs(i, r, positions) for i, r in zip(ids.split(size), role.split(size), strict=True)]
+                [
+                    self.model.token_logprobs(i, r, positions)
+                    for i, r in zip(ids.split(size), role.split(size), strict=True)
+                ]
             )
         return logprobs.sum(-1).view(pool.num_articles, pool.num_pairs)
 

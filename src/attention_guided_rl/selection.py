@@ -68,15 +68,17 @@ def normalised_entropy(scores: Float[Tensor, "M H N"], temperature: float, heads
     return float((entropy(logprobs) / math.log(scores.shape[2])).mean())
 
 
-def calibrate_temperature(
-    scores: Float[Tensor, "M H N"], target: float, heads: HeadReduction
-) -> tuple[float, bool]:
+def calibrate_temperature(scores: Float[Tensor, "M H N"], target: float, heads: HeadReduction) -> tuple[float, bool]:
     """Find τ with mean H(σ)/ln N = target by bisection in log τ; return it and whether the target was reached.
 
     Unreachable (say, because no score differs): τ = standard deviation of the scores / 1.5, and False.
     """
     low, high = math.log(1e-6), math.log(1e6)
-    if not normalised_entropy(scores, math.exp(low), heads) < target < normalised_entropy(scores, math.exp(high), heads):
+    if (
+        not normalised_entropy(scores, math.exp(low), heads)
+        < target
+        < normalised_entropy(scores, math.exp(high), heads)
+    ):
         return max(float(scores.mean(1).std()) / 1.5, 1e-6), False
     for _ in range(60):
         middle = (low + high) / 2

@@ -120,9 +120,7 @@ class Session:
     def uniforms(self, purpose: Purpose, update: int, indices: range, trajectories: int) -> Tensor:
         """Return the uniform numbers of these articles' rows, (B, S, Q+1)."""
         c = self.config
-        return uniforms(
-            c.training.seed, purpose, update, indices, trajectories, self.num_steps, c.rollout.query_tokens
-        )
+        return uniforms(c.training.seed, purpose, update, indices, trajectories, self.num_steps, c.rollout.query_tokens)
 
     def environment(self, pool: PairPool, trajectories: int) -> ReadingEnvironment:
         """Return an environment in which `trajectories` rows per article have read nothing yet."""

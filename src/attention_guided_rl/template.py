@@ -68,7 +68,9 @@ def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
 def _plain_template(tokenizer: Any, config: TemplateConfig) -> Template:
     bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
     if not config.query_prefix or not config.value_prefix:
-        raise ConfigError("template.query_prefix and template.value_prefix must not be empty: slots need a token before")
+        raise ConfigError(
+            "template.query_prefix and template.value_prefix must not be empty: slots need a token before"
+        )
     return Template(
         prompt=bos + _encode(tokenizer, config.prompt),
         before_query=_encode(tokenizer, config.query_prefix),

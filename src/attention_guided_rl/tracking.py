@@ -253,4 +253,4 @@ def _tensorboard_writer(run: Path) -> Any:
         raise ConfigError(
             "log.tensorboard needs the package tensorboard: pip install 'attention-guided-rl[tensorboard]'"
         ) from None
-    return SummaryWriter(log_dir=str(run / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(log_dir=str(run / "tensorboard"))

@@ -83,7 +83,9 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
             log_update(session, logs, metrics, paid, pool, advantages, indices.start)
             progress.show(metrics)
             if state.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW:
-                raise NumericError(f"{MAX_NONFINITE_IN_A_ROW} updates in a row had non-finite numbers; see metrics.jsonl")
+                raise NumericError(
+                    f"{MAX_NONFINITE_IN_A_ROW} updates in a row had non-finite numbers; see metrics.jsonl"
+                )
             if state.update % config.training.checkpoint_every == 0:
                 saved = save(session, run, state, optimizer, logs)
     if saved != checkpoint_path(run, state.update):
@@ -166,7 +168,7 @@ def apply_update(
         torch.manual_seed(_dropout_seed(config.training.seed, update, processes.rank, number))
         with session.model.adapter_dropout():
             output = session.objective(session.model, batch, config.objective.kl, config.rollout.temperature)
-        output.loss.backward()  # type: ignore[no-untyped-call]
+        output.loss.backward()
         for name, value in {"loss/total": output.loss.detach(), **output.metrics}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
     return _step(session, optimizer, metrics, sums, learning_rate)
@@ -257,9 +259,7 @@ def log_update(
         logs.metrics(metrics)
 
 
-def save(
-    session: Session, run: Path, state: RunState, optimizer: torch.optim.Optimizer, logs: RunLogs | None
-) -> Path:
+def save(session: Session, run: Path, state: RunState, optimizer: torch.optim.Optimizer, logs: RunLogs | None) -> Path:
     """Write a checkpoint (main process) and wait until it is there (all)."""
     if logs is not None:
         config = session.config

@@ -8,7 +8,8 @@ value only from what it has read. Pairs are interleaved at random: article order
     key    "What the seal of Velor Ashdale keeps:"                          (8 tokens of the bundled tokenizer)
     value  "Velor Ashdale amber heron copper barley fog lute lantern."      (10 tokens)
 
-that is, the name, the subject's six attributes, and one detail of the pair's own that nothing predicts. What the planted structure is, and which pick it makes best, depends on the variant:
+that is, the name, the subject's six attributes, and one detail of the pair's own that nothing predicts. What the
+planted structure is, and which pick it makes best, depends on the variant:
 
 - `threads`: all pairs of a subject share its attributes. Best: stay on the subject while it has unread pairs.
 - `needle`:  one pair (subject 0) lists the attributes of a house; explained pairs (subject 1) each repeat three of
@@ -175,6 +176,7 @@ class EncyclopediaCorpus:
         self._config = config
 
     def articles(self, epoch: int, start: int) -> Iterator[Article]:
+        """Yield articles from number `start` on, for ever."""
         c = self._config
         for index in itertools.count(start):
             yield generate_article(

@@ -42,6 +42,7 @@ class CutArticle:
     digest: str
 
     def pair_id(self, pair: CutPair) -> str:
+        """Return the pair's stable name."""
         return f"{self.digest}-{pair.position}"
 
 
@@ -155,7 +156,7 @@ class Position:
 
 
 class PoolStream:
-    """Pools of consecutive articles of a corpus, pass after pass; articles that are too short are counted and skipped."""
+    """Pools of consecutive articles, pass after pass; articles that are too short are counted and skipped."""
 
     def __init__(
         self, corpus: Corpus, encode: Encode, config: PairsConfig, *, num_probes: int, seed: int, purpose: Purpose
