@@ -144,6 +144,17 @@ def _build_pool(draws: Sequence[_Draw], config: PairsConfig) -> PairPool:
     )
 
 
+def whole_pool(cuts: Sequence[CutArticle], config: PairsConfig) -> PairPool:
+    """Return pools of all pairs of the articles, without probes; the articles have equally many pairs.
+
+    Raises:
+        CorpusError: they do not.
+    """
+    if len({len(cut.pairs) for cut in cuts}) != 1:
+        raise CorpusError(f"articles with unequal numbers of pairs: {[len(cut.pairs) for cut in cuts]}")
+    return _build_pool([_Draw(cut, list(cut.pairs), []) for cut in cuts], config)
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """Where a stream stands: the next article is number `offset` of pass `epoch`; `pools` have been drawn so far."""
