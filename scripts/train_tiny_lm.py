@@ -139,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--stop", type=int, default=1901, help="end here, before the schedule of --steps does")
     parser.add_argument("--rows", type=int, default=64, help="documents a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -163,7 +164,7 @@ def main() -> None:
         optimizer, lambda k: min(1.0, (k + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * k / args.steps)))
     )
     start, log = time.perf_counter(), []
-    for step in range(args.steps):
+    for step in range(min(args.steps, args.stop)):
         num_steps = document_steps(step, args.steps)
         rows = args.rows if num_steps <= 12 else args.rows // 2
         loss = next_token_loss(model, documents.batch(rng, TRAIN_SEED, step * args.rows, rows, num_steps))
@@ -172,7 +173,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == args.steps - 1:
+        if step % 50 == 0 or step + 1 in (args.steps, args.stop):
             with torch.no_grad():
                 dev_loss = sum(next_token_loss(model, ids).item() for ids in dev) / len(dev)
             seconds = time.perf_counter() - start
@@ -184,7 +185,7 @@ def main() -> None:
 
     tokenizer.save_pretrained(args.out)
     training = {
-        "command": f"python scripts/train_tiny_lm.py --out {args.out} --steps {args.steps} --rows {args.rows} "
+        "command": f"python scripts/train_tiny_lm.py --out {args.out} --steps {args.steps} --stop {args.stop} --rows {args.rows} "
         f"--lr {args.lr} --seed {args.seed}",
         "seconds": round(time.perf_counter() - start),
         "threads": torch.get_num_threads(),
