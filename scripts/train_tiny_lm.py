@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--stop", type=int, default=1901, help="end here, before the schedule of --steps does")
+    parser.add_argument("--stop", type=int, default=1951, help="end here, before the schedule of --steps does")
     parser.add_argument("--rows", type=int, default=64, help="documents a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
