@@ -280,7 +280,10 @@ def _evaluate(session: Session, folder: Path, update: int, console: Console) -> 
 
 
 def _log_evaluation(session: Session, logs: RunLogs, batch: EvaluationBatch, update: int) -> None:
+    """Log the trajectories with the model's own picks; the others follow from evaluation.jsonl and pairs.jsonl."""
     for result in batch.results:
+        if result.arm not in ("trained", "untrained"):
+            continue
         labels = {"phase": "evaluation", "arm": result.arm, "update": update, "scorer": "reference"}
         logs.write(
             "trajectories.jsonl",

@@ -1,5 +1,6 @@
 """Hashing embedder: the words of a text, hashed into a vector. Lexical, deterministic, no model."""
 
+import functools
 import hashlib
 import re
 
@@ -21,7 +22,6 @@ class HashingEmbedder:
     def __init__(self, config: EmbedderConfig, model: LanguageModel) -> None:
         self._dimensions, self._decode = config.dimensions, model.decode
         self.identity = f"hashing/words/{config.dimensions}/unit"
-        self._places: dict[str, tuple[int, float]] = {}
 
     def embed_queries(self, ids: Int[Tensor, "B Q"], mask: Bool[Tensor, "B Q"]) -> Float[Tensor, "B 1 D"]:
         """Embed queries."""
@@ -36,9 +36,9 @@ class HashingEmbedder:
         for row, (tokens, real) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
             text = self._decode([token for token, keep in zip(tokens, real, strict=True) if keep])
             for word in _WORD.findall(text.lower()):
-                column, sign = self._place(word)
+                number, sign = _place(word)
                 rows.append(row)
-                columns.append(column)
+                columns.append(number % self._dimensions)
                 signs.append(sign)
         vectors = torch.zeros(len(ids), self._dimensions)
         vectors.index_put_((torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)),
@@ -46,9 +46,9 @@ class HashingEmbedder:
         norms = vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return (vectors / norms)[:, None].to(ids.device)
 
-    def _place(self, word: str) -> tuple[int, float]:
-        """Return the word's coordinate and sign, from a hash that is the same in every process."""
-        if word not in self._places:
-            digest = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
-            self._places[word] = (digest >> 1) % self._dimensions, 1.0 if digest & 1 else -1.0
-        return self._places[word]
+
+@functools.lru_cache(maxsize=65_536)
+def _place(word: str) -> tuple[int, float]:
+    """Return a number and a sign for the word, from a hash that is the same in every process."""
+    digest = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
+    return digest >> 1, 1.0 if digest & 1 else -1.0
