@@ -1,0 +1,343 @@
+"""Break the laws on purpose, one at a time, and require that their tests notice.
+
+    python scripts/break_laws.py            every mutation, a few seconds each
+    python scripts/break_laws.py shift kl   those whose name contains one of the words
+    python scripts/break_laws.py --list     names only
+
+Source, tests and configurations are copied to a temporary folder. First the named tests must pass there unchanged; then
+each mutation is applied to a fresh copy (every `old` text must occur exactly once in its file, or the script fails:
+a mutation that no longer applies proves nothing), and the law tests named for it must fail. Exits 1 if one survives.
+
+What takes long is importing torch and transformers. So they are imported once, here, and every run of pytest is a fork;
+the package itself is first imported in the fork, from its own copy.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path("src") / "attention_guided_rl"
+COPIED = ("src", "tests", "configs", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake: what is replaced where, and the tests (an expression for pytest -k) that must see it."""
+
+    name: str
+    tests: str
+    edits: tuple[tuple[str, str, str], ...]
+    """File in the package, text that occurs exactly once, replacement."""
+
+
+def mistake(name: str, tests: str, *edits: tuple[str, str, str]) -> Mutation:
+    """Describe a mutation."""
+    return Mutation(name, tests, edits)
+
+
+MUTATIONS = (
+    # those that the project's issue asks for
+    mistake(
+        "shift off by one", "law_01",
+        ("model.py", "states[:, positions.to(states.device) - 1]", "states[:, positions.to(states.device)]"),
+    ),
+    mistake(
+        "KL to a fresh copy", "law_04",
+        ("objective.py", "    logprobs = torch.where(real, distribution",
+         "    reference = distribution.detach()\n    logprobs = torch.where(real, distribution"),
+    ),
+    mistake(
+        "row 0's pick for all rows", "law_07",
+        ("environment.py", "picks = picker(self, logprobs, uniform)",
+         "picks = picker(self, logprobs, uniform)[:1].repeat(len(uniform))"),
+    ),
+    mistake(
+        "double softmax", "law_06",
+        ("selection.py", "logprobs = (scores / temperature).masked_fill",
+         "logprobs = (scores / temperature).softmax(-1).masked_fill"),
+    ),
+    mistake(
+        "context dropped from the query's log-probability", "law_05",
+        ("objective.py", "states = model.hidden(rows.ids, rows.role, rows.layout.query_positions)",
+         "states = model.hidden(rows.ids, torch.where(rows.step == 0, rows.role, 4), rows.layout.query_positions)"),
+    ),
+    mistake(
+        "leave-one-out over the steps", "law_03",
+        ("rl_agent.py", "(shifted.sum(1, keepdim=True) - shifted)", "(shifted.sum(2, keepdim=True) - shifted)"),
+    ),
+    mistake(
+        "template token in the action mask", "law_03 or law_05",
+        ("records.py", "self._slots(self.before_query_len, self.query_len)",
+         "self._slots(self.before_query_len - 1, self.query_len)"),
+        ("records.py", "(self.role[:, positions] == role)", "(self.role[:, positions] != PADDING)"),
+    ),
+    mistake(
+        "adapter on in the reference", "law_04",
+        ("model.py", "with self.peft_model.disable_adapter():", "with contextlib.nullcontext():"),
+    ),
+    mistake(
+        "KL unmasked over the vocabulary", "law_04",
+        ("rl_agent.py", "difference = (logprobs - reference).masked_fill(logprobs == -torch.inf, 0.0)",
+         "difference = logprobs - reference"),
+    ),
+    mistake(
+        "KL unmasked over padded query tokens", "law_04",
+        ("objective.py", "    divergence = torch.where(real, divergence, 0.0)\n", ""),
+    ),
+    mistake(
+        "mean of micro-batch means", "law_09",
+        ("trainer.py", "num_query_tokens=denominator,",
+         "num_query_tokens=len(index) * rows.num_steps * rows.layout.query_len"
+         " * len(keep.split(config.training.micro_batch_rows or rows.num_rows)),"),
+    ),
+    mistake(
+        "query left out of its own reward", "law_02",
+        ("scorer.py", "    def _score(self, rows: TrajectoryBatch) -> Scores:\n",
+         "    def _score(self, rows: TrajectoryBatch) -> Scores:\n"
+         "        every = [self._blind(rows, step) for step in range(rows.num_steps)]\n"
+         "        seeing = self._see(rows)\n"
+         "        values = torch.stack([every[t].value_logprobs[:, t] for t in range(rows.num_steps)], 1)\n"
+         "        return Scores(value_logprobs=values, query_hidden=seeing.query_hidden)\n\n"
+         "    def _blind(self, rows: TrajectoryBatch, step: int) -> Scores:\n"
+         "        from dataclasses import replace\n"
+         "        hide = (rows.step == step) & (rows.role == 2)\n"
+         "        return self._see(replace(rows, role=torch.where(hide, PADDING, rows.role)))\n\n"
+         "    def _see(self, rows: TrajectoryBatch) -> Scores:\n"),
+    ),
+    mistake(
+        "LoRA B randomised", "law_03 or law_04",
+        ("loading.py", '            task_type="CAUSAL_LM",\n',
+         '            task_type="CAUSAL_LM",\n            init_lora_weights=False,\n'),
+    ),
+    # others worth fearing
+    mistake(
+        "to_go summed from the wrong side", "law_03",
+        ("rl_agent.py", "rewards.flip(1).cumsum(1).flip(1)", "rewards.cumsum(1)"),
+    ),
+    mistake(
+        "filter judged by statistics that include this update", "law_09",
+        ("rl_agent.py", "    trajectory_rewards = rewards.mean(1)\n    if config.kind",
+         "    trajectory_rewards = rewards.mean(1)\n"
+         "    state = AgentState(rewards=state.rewards.including(trajectory_rewards))\n    if config.kind"),
+    ),
+    mistake(
+        "filter statistics of kept rows only", "law_09",
+        ("rl_agent.py", "rewards=state.rewards.including(rewards.mean(1)),",
+         "rewards=state.rewards.including(rewards.mean(1)[keep]) if state.rewards.count > 2"
+         " else state.rewards.including(rewards.mean(1)),"),
+    ),
+    mistake(
+        "scale that includes this update", "law_09",
+        ("rl_agent.py", "scale = state.scale if state.scale is not None else rms",
+         "scale = rms if state.scale is None or rms == 0 else SCALE_DECAY * state.scale + (1 - SCALE_DECAY) * rms"),
+    ),
+    mistake(
+        "prior of another article's pool", "law_02",
+        ("reward.py", "baseline=slot(prior, inputs.picks)", "baseline=slot(prior.roll(1, 0), inputs.picks)"),
+    ),
+    mistake(
+        "pairs read again", "law_07",
+        ("environment.py", "        self.unread[rows, picks] = False\n", ""),
+    ),
+    mistake(
+        "temperature missing in the learner", "law_03 or law_05",
+        ("objective.py", "distribution = model.policy_logprobs(states, temperature)",
+         "distribution = model.policy_logprobs(states, 1.0)"),
+    ),
+    mistake(
+        "temperature missing in the reference's side of the KL", "law_04",
+        ("objective.py", "reference = model.policy_logprobs(batch.reference_hidden, temperature)",
+         "reference = model.policy_logprobs(batch.reference_hidden, 1.0)"),
+    ),
+    mistake(
+        "padding takes position ids", "law_01",
+        ("records.py", "((role != PADDING).long().cumsum(-1) - 1)", "(torch.ones_like(role).cumsum(-1) - 1)"),
+    ),
+    mistake(
+        "each value divided by its own length", "law_02",
+        ("reward.py", "return per_value_token(self.value_logprobs.sum(-1), self.pool)",
+         "return self.value_logprobs.sum(-1) / (self.value_logprobs != 0).sum(-1).clamp_min(1)"),
+    ),
+    mistake(
+        "query heads on the wrong key heads", "law_08",
+        ("selection.py", "keys.repeat_interleave(queries.shape[1] // keys.shape[2], dim=2)",
+         "keys.repeat(1, 1, queries.shape[1] // keys.shape[2], 1)"),
+    ),
+    mistake(
+        "keys through the query projection", "law_08",
+        ("embedders/attention.py", "_, keys, keep = self._project(ids, mask)",
+         "keys, _, keep = self._project(ids, mask)"),
+    ),
+    mistake(
+        "embedding by the policy", "law_08",
+        ("embedders/attention.py", "        with self._model.reference():\n            queries, keys",
+         "        if True:\n            queries, keys"),
+    ),
+    mistake(
+        "control tokens in queries", "law_12",
+        ("model.py", "        allowed[special] = False\n", ""),
+    ),
+    mistake(
+        "control strings of articles become control tokens", "law_12",
+        ("model.py", "split_special_tokens=True", "split_special_tokens=False"),
+    ),
+    mistake(
+        "step for the KL alone when there is nothing to learn", "law_09",
+        ("trainer.py", "if not bool((kept_advantages != 0).any()):", "if kept_advantages.numel() == 0:"),
+    ),
+    mistake(
+        "stream starts over after a resume", "law_10 and interrupted",
+        ("trainer.py", "        stream.resume(state.position)\n", ""),
+    ),
+    mistake(
+        "optimizer moments lost in a resume", "law_10 and interrupted",
+        ("checkpoint.py", "    if optimizer is not None:\n        _restore", "    if False:\n        _restore"),
+    ),
+    mistake(
+        "dropout not reseeded", "law_10 and interrupted",
+        ("trainer.py",
+         "torch.manual_seed(_dropout_seed(config.training.seed, update, processes.rank, number))", "pass"),
+    ),
+    mistake(
+        "random numbers by rank, not by article", "law_10 and two_processes",
+        ("trainer.py", "session.uniforms(Purpose.TRAINING, update, indices, group)",
+         "session.uniforms(Purpose.TRAINING, update, range(len(indices)), group)"),
+    ),
+    mistake(
+        "advantages of the process's own rows only", "law_10 and two_processes",
+        ("trainer.py", "start = processes.rank * rows.num_rows\n", "start = 0\n"),
+    ),
+    mistake(
+        "a field that nothing reads", "law_13",
+        ("trainer.py", "weight_decay=config.weight_decay", "weight_decay=0.0"),
+    ),
+)  # fmt: skip
+
+
+def copy_tree(target: Path) -> None:
+    """Copy what the law tests need."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target / name)
+
+
+def apply(mutation: Mutation, tree: Path) -> None:
+    """Make the mistake in a copy; raise ValueError if the text to replace is not there exactly once."""
+    for name, old, new in mutation.edits:
+        path = tree / PACKAGE / name
+        text = path.read_text(encoding="utf-8")
+        if text.count(old) != 1:
+            raise ValueError(f"{mutation.name}: {text.count(old)} occurrences in {name} of {old!r}")
+        path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def warm_up() -> None:
+    """Import everything slow that is not the package, so that forks find it done."""
+    import accelerate  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import peft  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import syntok.segmenter  # noqa: F401
+    import transformers.models.auto.modeling_auto
+    import transformers.models.gpt2.modeling_gpt2
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
+
+def start_tests(tree: Path, expression: str) -> int:
+    """Fork; run the selected law tests on a copy in the child, its output in a file beside; return the child's id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 3
+    try:
+        output = os.open(output_of(tree), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(tree)
+        os.environ |= {"PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+        sys.dont_write_bytecode = True
+        sys.path.insert(0, str(tree / "src"))
+        import pytest
+
+        quiet = ["-q", "-x", "--tb=no", "-p", "no:cacheprovider", f"--basetemp={tree}-tmp"]
+        code = int(pytest.main([*quiet, "tests/test_laws.py", "-k", expression]))
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def output_of(tree: Path) -> Path:
+    """Return where the tests on a copy write."""
+    return tree.with_name(f"{tree.name}.txt")
+
+
+def wait_for(children: dict[int, Path]) -> tuple[Path, int, str]:
+    """Wait for one of the children; return its tree, pytest's exit code and the first failure or last line."""
+    child, status = os.wait()
+    tree = children.pop(child)
+    text = output_of(tree).read_text(encoding="utf-8")
+    failed = re.findall(r"^(?:FAILED|ERROR) \S*::(\S+)", text, re.MULTILINE)
+    return tree, os.waitstatus_to_exitcode(status), failed[0] if failed else (text.split("\n")[-2:] or [""])[0]
+
+
+def main() -> int:
+    """Run the mutations and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only mutations whose name contains one of these")
+    parser.add_argument("--list", action="store_true", help="print the names")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutations at a time")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not options.words or any(w in m.name for w in options.words)]
+    if options.list:
+        print("\n".join(m.name for m in chosen))
+        return 0
+
+    survivors, started = [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        pristine = Path(folder) / "pristine"
+        pristine.mkdir()
+        copy_tree(pristine)
+        trees = {}
+        for number, mutation in enumerate(chosen):
+            tree = Path(folder) / str(number)
+            shutil.copytree(pristine, tree)
+            apply(mutation, tree)
+            trees[tree] = mutation
+
+        warm_up()
+        needed = " or ".join(f"({tests})" for tests in sorted({m.tests for m in chosen}))
+        _, code, said = wait_for({start_tests(pristine, needed): pristine})
+        print(f"{'unchanged':55} {'passes' if code == 0 else 'FAILS'}   {said}", flush=True)
+        if code != 0:
+            return 1
+        waiting, children = list(trees), {}
+        while waiting or children:
+            while waiting and len(children) < options.jobs:
+                tree = waiting.pop(0)
+                children[start_tests(tree, trees[tree].tests)] = tree
+            tree, code, said = wait_for(children)
+            mutation = trees[tree]
+            if code != 1:  # 1: tests ran and some failed; anything else is not a verdict
+                survivors.append(mutation.name)
+            verdict = "caught" if code == 1 else "SURVIVES" if code == 0 else f"BROKEN (pytest exit {code})"
+            print(f"{mutation.name:55} {verdict}   {said}", flush=True)
+            shutil.rmtree(tree)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught in {time.perf_counter() - started:.0f} s")
+    print("".join(f"not caught: {name}\n" for name in survivors), end="")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,408 @@
+"""Evaluation: who picks what, on equal terms, and what the summary makes of it."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, tensor
+
+from attention_guided_rl.config import Config, load_config
+from attention_guided_rl.distributed import Processes
+from attention_guided_rl.evaluation import evaluation_records, run_arms, summarise, with_key_text
+from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.randomness import Purpose
+from attention_guided_rl.records import PADDING, QUERY, TEMPLATE, VALUE, PairPool, TrajectoryBatch, has_padding
+from attention_guided_rl.session import Session
+
+# -- the summary, on records typed by hand -----------------------------------------------------------------------------
+
+
+def record(arm: str, article: str, reward: float, *, index: int = 0, seed: int = 0, subjects: int | None = None):
+    return {"arm": arm, "article": article, "index": index, "seed": seed, "reward": reward, "subjects": subjects}
+
+
+def records(table: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Rewards of articles a, b, c … by arm."""
+    return [
+        record(arm, "abcdefgh"[i], reward, index=i) for arm, rewards in table.items() for i, reward in enumerate(rewards)
+    ]
+
+
+TABLE = {
+    "trained": [3.0, 5.0],
+    "trained/key": [4.0, 6.5],
+    "untrained": [1.0, 1.0],
+    "untrained/key": [3.5, 4.0],
+    "oracle": [5.0, 9.0],
+}
+
+
+def test_arms_contrasts_choice_gain_and_gap_of_two_articles():
+    summary = summarise(records(TABLE), held_out=True)
+
+    assert summary["unit"] == "nats per value token"
+    assert (summary["articles"], summary["seeds"], summary["held_out"]) == (2, [0], True)
+    assert list(summary["arms"]) == list(TABLE)
+    # of two values the interval is from one to the other
+    assert summary["arms"]["trained"] == {"mean": 4.0, "low": 3.0, "high": 5.0}
+    contrast = summary["contrasts"]["trained-untrained"]  # 2, 4
+    assert {k: contrast[k] for k in ("mean", "low", "high", "p")} == {"mean": 3.0, "low": 2.0, "high": 4.0, "p": 0.5}
+    # trained/key − untrained/key: 0.5, 2.5; of four sign patterns two are as extreme
+    assert summary["choice_gain"] == {"mean": 1.5, "low": 0.5, "high": 2.5, "p": 0.5}
+    # (trained − untrained)/(oracle − untrained): 3/6
+    assert summary["oracle_gap_closed"] == pytest.approx(0.5)
+
+
+def test_contrasts_are_only_those_whose_arms_were_run():
+    assert set(summarise(records(TABLE), held_out=True)["contrasts"]) == {
+        "trained-untrained", "trained/key-untrained/key",
+    }  # fmt: skip
+    summary = summarise(records({"random": [0.0, 1.0]}), held_out=True)
+    assert (summary["contrasts"], summary["choice_gain"], summary["oracle_gap_closed"]) == ({}, None, None)
+
+
+@pytest.mark.parametrize(
+    ("oracle", "closed"),
+    [([0.0, 3.0], None), ([1.0, 9.0], None), ([1.5, 9.0], 3 / 4.25)],  # gaps −1 … 2, 0 … 8, 0.5 … 8
+)
+def test_the_gap_closed_is_given_only_where_the_gaps_interval_is_positive(oracle, closed):
+    value = summarise(records({**TABLE, "oracle": oracle}), held_out=True)["oracle_gap_closed"]
+    assert value == (None if closed is None else pytest.approx(closed))
+
+
+def test_holm_adjusts_over_all_contrasts_that_are_given():
+    summary = summarise(
+        records(
+            {
+                "trained": [1.0] * 5,
+                "untrained": [0.0] * 5,  # p = 2/32
+                "random": [0.0, 0.0, 0.0, 0.0, 2.0],  # differences 1, 1, 1, 1, −1: p = 12/32
+            }
+        ),
+        held_out=True,
+    )
+    assert {name: c["p_holm"] for name, c in summary["contrasts"].items()} == {
+        "trained-untrained": pytest.approx(4 / 32), "trained-random": pytest.approx(12 / 32),
+    }  # fmt: skip
+
+
+def test_seeds_are_averaged_within_their_article():
+    rows = [record("trained", "a", 0.0), record("trained", "a", 2.0, seed=1), record("trained", "b", 5.0, index=1)]
+    summary = summarise(rows, held_out=True)
+    assert summary["arms"]["trained"] == {"mean": 3.0, "low": 1.0, "high": 5.0}  # of 1 and 5, not of 0, 2 and 5
+    assert summary["seeds"] == [0, 1]
+    assert summary["articles"] == 2
+
+
+def test_differences_are_paired_by_article_whatever_the_order():
+    rows = [record("trained", "a", 1.0), record("trained", "b", 10.0), record("trained", "c", 99.0),
+            record("untrained", "b", 9.0), record("untrained", "a", 0.0)]  # fmt: skip
+    contrast = summarise(rows, held_out=True)["contrasts"]["trained-untrained"]
+    assert (contrast["mean"], contrast["low"], contrast["high"]) == (1.0, 1.0, 1.0)  # 1 − 0 and 10 − 9
+
+
+def test_of_a_single_article_the_trajectories_are_resampled_and_the_summary_says_so():
+    rows = [record("trained", "a", float(i), index=i) for i in range(2)]
+    summary = summarise(rows, held_out=False)
+    assert (summary["resampled"], summary["articles"], summary["trajectories"]) == ("trajectory", 1, 2)
+    assert summary["arms"]["trained"] == {"mean": 0.5, "low": 0.0, "high": 1.0}
+    assert summary["held_out"] is False
+
+
+def test_subjects_read_are_averaged_where_the_corpus_has_them():
+    rows = [record("trained", "a", 1.0, subjects=2), record("trained", "b", 1.0, subjects=5), record("random", "a", 1.0)]
+    arms = summarise(rows, held_out=True)["arms"]
+    assert arms["trained"]["subjects"] == 3.5
+    assert "subjects" not in arms["random"]
+
+
+@pytest.mark.parametrize("table", [TABLE, {arm: rewards[:1] for arm, rewards in TABLE.items()}], ids=["two", "one"])
+def test_the_summary_is_strict_json(table):
+    summary = summarise(records(table), held_out=True)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+# -- the arms ----------------------------------------------------------------------------------------------------------
+
+EVALUATION = {"evaluation.articles": 3, "evaluation.batch_articles": 2}
+
+
+@pytest.fixture
+def session(make_session) -> Session:
+    return make_session(EVALUATION)
+
+
+def arms(session: Session, *pickers: str) -> dict[str, list]:
+    """Results of each arm by batch, with the pool and the priors they belong to."""
+    found: dict[str, list] = {}
+    for batch in run_arms(session, pickers):
+        for result in batch.results:
+            found.setdefault(result.arm, []).append((result.paid, batch.pool, batch.prior))
+    return found
+
+
+def picks(results: list) -> list[list[int]]:
+    return [row for paid, _, _ in results for row in paid.rows.picks.tolist()]
+
+
+def mean_rewards(results: list) -> Tensor:
+    return torch.cat([paid.rewards.rewards.mean(1) for paid, _, _ in results])
+
+
+def test_each_picker_is_run_with_its_own_text_and_with_the_key(session):
+    found = arms(session, "trained", "random")
+    assert list(found) == ["trained", "trained/key", "random", "random/key"]
+    for arm in ("trained", "random"):
+        assert picks(found[arm]) == picks(found[f"{arm}/key"])
+        assert len(picks(found[arm])) == 3  # articles, one trajectory each
+
+
+def test_before_training_trained_and_untrained_are_the_same_to_the_bit(session):
+    found = arms(session, "trained", "untrained")
+    for text in ("", "/key"):
+        for (a, _, _), (b, _, _) in zip(found[f"trained{text}"], found[f"untrained{text}"], strict=True):
+            assert torch.equal(a.rows.ids, b.rows.ids)
+            assert torch.equal(a.rewards.rewards, b.rewards.rewards)
+
+
+def test_training_changes_the_trained_arm_alone(make_session, shaken):
+    before, after = make_session(EVALUATION), make_session(EVALUATION)
+    shaken(after.model, 0.5)
+    a, b = (arms(s, "trained", "untrained", "random", "nearest_key", "oracle") for s in (before, after))
+    for arm in ("untrained", "random", "nearest_key", "nearest_key/key", "oracle"):
+        assert picks(a[arm]) == picks(b[arm])
+        assert torch.equal(mean_rewards(a[arm]), mean_rewards(b[arm])), arm
+    assert not torch.equal(a["trained"][0][0].rows.ids, b["trained"][0][0].rows.ids)
+
+
+def test_arms_share_pools_and_do_not_depend_on_which_others_are_run(session):
+    together, alone = arms(session, "trained", "random", "article_order"), arms(session, "random")
+    assert picks(together["random"]) == picks(alone["random"])
+    assert torch.equal(mean_rewards(together["random"]), mean_rewards(alone["random"]))
+    for batch in zip(*together.values(), strict=True):
+        assert len({pool.pair_ids for _, pool, _ in batch}) == 1
+
+
+def test_results_do_not_depend_on_how_many_articles_are_evaluated_at_once(make_session):
+    one, three = (make_session(EVALUATION | {"evaluation.batch_articles": size}) for size in (1, 3))
+    pickers = ("trained", "random", "easy_to_hard", "nearest_key", "oracle")
+    a, b = arms(one, *pickers), arms(three, *pickers)
+    for arm in a:
+        assert picks(a[arm]) == picks(b[arm]), arm
+        torch.testing.assert_close(mean_rewards(a[arm]), mean_rewards(b[arm]), atol=1e-5, rtol=0)
+
+
+def test_random_picks_follow_the_uniform_numbers_that_all_arms_share(session):
+    numbers = session.uniforms(Purpose.EVALUATION, 0, range(3), 1)
+    expected = []
+    for row in numbers[:, :, -1].tolist():
+        unread = list(range(5))
+        expected.append([unread.pop(int(u * len(unread))) for u in row])  # inverse CDF of a uniform choice
+    assert picks(arms(session, "random")["random"]) == expected
+
+
+def test_article_order_reads_from_the_beginning(session):
+    assert picks(arms(session, "article_order")["article_order"]) == [[0, 1, 2]] * 3
+
+
+def test_easy_to_hard_reads_by_the_values_prior(session):
+    """u_j = Σ log p / L̄ with the pool's one L̄, so the order is that of the sums, also when lengths differ."""
+    for paid, pool, prior in arms(session, "easy_to_hard")["easy_to_hard"]:
+        assert len(set(pool.value_mask.sum(-1).flatten().tolist())) > 1
+        for row, sums in zip(paid.rows.picks.tolist(), prior.tolist(), strict=True):
+            assert row == sorted(range(5), key=lambda j: -sums[j])[:3]  # noqa: B023
+
+
+def test_nearest_key_starts_in_article_order_and_follows_the_last_value(session):
+    for paid, pool, _ in arms(session, "nearest_key")["nearest_key"]:
+        for a, row in enumerate(paid.rows.picks.tolist()):
+            assert row[0] == 0
+            keys = session.embedder.embed_keys(pool.key_ids[a], pool.key_mask[a])  # (N, 2 key heads, D)
+            for t in range(1, 3):
+                last = row[t - 1]
+                query = session.embedder.embed_queries(pool.value_ids[a, last][None], pool.value_mask[a, last][None])[0]
+                scores = {
+                    j: sum(float(query[h] @ keys[j, h // 2]) for h in range(4)) for j in range(5) if j not in row[:t]
+                }
+                assert row[t] == max(scores, key=lambda j: scores[j])  # noqa: B023
+
+
+def test_planted_is_left_out_where_the_corpus_has_no_subjects(session):
+    assert arms(session, "planted") == {}
+
+
+def demo(variant: str) -> Config:
+    return load_config("demo", overrides={
+        "corpus.variant": variant, "evaluation.corpus.variant": variant, "evaluation.articles": 3,
+        "pairs.num_pairs": 12, "rollout.steps": 6, "rollout.query_tokens": 3, "selection.temperature": 0.1,
+        "training.device": "cpu",
+    })  # fmt: skip
+
+
+def test_planted_stays_on_a_subject_of_threads_while_it_has_unread_pairs():
+    ((paid, pool, _),) = arms(Session(demo("threads"), Processes("cpu")), "planted")["planted"]
+    for row, subjects in zip(paid.rows.picks.tolist(), pool.subject.tolist(), strict=True):
+        for t in range(1, 6):
+            left = [j for j in range(12) if j not in row[:t] and subjects[j] == subjects[row[t - 1]]]
+            assert not left or row[t] in left
+
+
+def test_planted_reads_a_chain_from_its_earliest_link():
+    ((paid, pool, _),) = arms(Session(demo("chain"), Processes("cpu")), "planted")["planted"]
+    for row, subjects in zip(paid.rows.picks.tolist(), pool.subject.tolist(), strict=True):
+        assert [subjects[j] for j in row] == sorted(subjects)[:6]
+
+
+# -- own-key text ------------------------------------------------------------------------------------------------------
+
+
+def written(session: Session) -> tuple[TrajectoryBatch, PairPool]:
+    pool = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL).next_pool(2)
+    return session.rollout(pool, session.uniforms(Purpose.EVALUATION, 0, range(2), 1)), pool
+
+
+@pytest.mark.parametrize(
+    ("query_tokens", "key_tokens", "taken"),
+    [(2, 3, slice(1, 3)), (5, 3, slice(0, 3)), (2, 6, slice(1, 3)), (3, 2, slice(0, 2)), (1, 2, slice(1, 2))],
+    ids=["last two of three", "all three", "last two of three in a slot of six", "key cut to two", "one of two"],
+)
+def test_own_key_text_is_the_end_of_the_picked_key(make_session, query_tokens, key_tokens, taken):
+    session = make_session({"rollout.query_tokens": query_tokens, "pairs.key_tokens": key_tokens})
+    rows, pool = written(session)
+    replaced = with_key_text(session, rows, pool)
+    ids, mask = replaced.query_slots()
+
+    for b in range(2):
+        for t, pick in enumerate(rows.picks[b].tolist()):
+            key = pool.key_ids[b, pick][:3].tolist()[taken]  # keys of this corpus are three words
+            assert ids[b, t][mask[b, t]].tolist() == key
+            assert mask[b, t].tolist() == [i < len(key) for i in range(query_tokens)]  # the rest of the slot is padding
+    assert has_padding(replaced.role) == (has_padding(rows.role) or query_tokens > len(key))
+
+
+def test_own_key_text_leaves_picks_values_and_selection_as_they_were(make_session):
+    rows, pool = written(session := make_session())
+    replaced = with_key_text(session, rows, pool)
+    assert torch.equal(replaced.picks, rows.picks)
+    assert torch.equal(replaced.selection_logprobs, rows.selection_logprobs)
+    assert torch.equal(replaced.step, rows.step)
+    outside = torch.ones(rows.ids.shape[1], dtype=torch.bool)
+    outside[rows.layout.query_positions] = False
+    assert torch.equal(replaced.ids[:, outside], rows.ids[:, outside])
+    assert torch.equal(replaced.role[:, outside], rows.role[:, outside])
+
+
+# -- the oracle --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])
+def test_branches_off_a_cache_score_as_full_forwards_do(make_model, shape):
+    """Every branch is a row of its own: prefix up to its length, then the continuation, padding left out."""
+    model: LanguageModel = make_model(shape)
+    numbers = torch.Generator().manual_seed(3)
+    ids = torch.randint(4, 52, (2, 9), generator=numbers)
+    role = torch.full((2, 9), TEMPLATE)
+    role[0, 5] = role[1, 2:4] = PADDING
+    branches = torch.randint(4, 52, (2, 3, 6), generator=numbers)
+    mask = torch.ones(2, 3, 6, dtype=torch.bool)
+    mask[0, 1, 1] = mask[1, 0, 0:2] = False  # a query shorter than its slot; template text always follows it
+    mask[0, 2, 5] = False  # a value shorter than its slot
+    prefix_len = tensor([9, 4, 9])
+
+    cache = model.new_cache()
+    with torch.no_grad():
+        model.extend(cache, ids, role)
+        got = model.branch_logprobs(cache, role, branches, mask, prefix_len, 3)
+        for b in range(2):
+            for c in range(3):
+                real = role[b, : prefix_len[c]] != PADDING
+                row = torch.cat([ids[b, : prefix_len[c]][real], branches[b, c][mask[b, c]]])[None]
+                scored = [i for i in (3, 4, 5) if mask[b, c, i]]
+                places = torch.arange(row.shape[1] - len(scored), row.shape[1])
+                expected = model.token_logprobs(row, torch.full_like(row, TEMPLATE), places)[0]
+                torch.testing.assert_close(got[b, c, [i - 3 for i in scored]], expected, atol=2e-5, rtol=0)
+                assert all(got[b, c, i - 3] == 0 for i in (3, 4, 5) if not mask[b, c, i])
+
+
+def test_branching_leaves_the_cache_as_it_was(make_model):
+    model: LanguageModel = make_model("llama")
+    ids, more = tensor([[1, 5, 9, 20]]), tensor([[7, 8]])
+    role, longer = torch.full((1, 4), TEMPLATE), torch.full((1, 6), TEMPLATE)
+    with torch.no_grad():
+        touched, untouched = model.new_cache(), model.new_cache()
+        for cache in (touched, untouched):
+            model.extend(cache, ids, role)
+        branches = tensor([[[4, 5, 6], [6, 5, 4]]])
+        model.branch_logprobs(touched, role, branches, torch.ones_like(branches, dtype=torch.bool), tensor([4, 4]), 2)
+        assert torch.equal(model.extend(touched, more, longer), model.extend(untouched, more, longer))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"reward.kind": "plain"}, {"reward.kind": "plain", "reward.query_in_context": False}],
+    ids=["value_prior", "plain", "queries deleted"],  # deleted queries make every first value_prior reward 0: a tie
+)
+def test_the_oracle_takes_the_best_unread_pair_at_every_step(make_session, overrides):
+    session = make_session(EVALUATION | overrides)
+    for paid, pool, prior in arms(session, "oracle")["oracle"]:
+        num_articles = pool.num_articles
+        prefix: list[list[int]] = [[] for _ in range(num_articles)]
+        for t in range(3):
+            unread = [[j for j in range(5) if j not in row] for row in prefix]
+            rewards = [
+                forced_rewards(session, pool, prior, [p + [u[n]] for p, u in zip(prefix, unread, strict=True)])[:, t]
+                for n in range(5 - t)
+            ]
+            best = torch.stack(rewards).argmax(0).tolist()
+            prefix = [p + [u[n]] for p, u, n in zip(prefix, unread, best, strict=True)]
+            highest = torch.stack(rewards).max(0).values
+            torch.testing.assert_close(paid.rewards.rewards[:, t], highest, atol=2e-5, rtol=0)
+        assert paid.rows.picks.tolist() == prefix
+
+
+def forced_rewards(session: Session, pool: PairPool, prior: Tensor, orders: list[list[int]]) -> Tensor:
+    """Rewards (A, S) of reading in these orders with own-key text, each row completed by whatever is unread."""
+    complete = tensor([order + [j for j in range(5) if j not in order] for order in orders])
+    step = iter(range(3))
+    numbers = session.uniforms(Purpose.EVALUATION, 0, range(len(orders)), 1)
+    with session.model.reference():
+        rows = session.rollout(pool, numbers, lambda env, logprobs, uniform: complete[:, next(step)])
+    return session.pay(with_key_text(session, rows, pool), pool, prior, session.reference_scorer).rewards.rewards
+
+
+# -- records -----------------------------------------------------------------------------------------------------------
+
+
+def test_records_say_who_picked_and_what_text_stood_in_the_slot(session):
+    batches = list(run_arms(session, ["trained", "random", "oracle"]))
+    rows = [r for batch in batches for r in evaluation_records(session, batch, update=7)]
+    assert {(r["arm"], r["picker"], r["text"]) for r in rows} == {
+        ("trained", "trained", "trained"), ("trained/key", "trained", "key"), ("random", "random", "untrained"),
+        ("random/key", "random", "key"), ("oracle", "oracle", "key"),
+    }  # fmt: skip
+    assert sorted({r["index"] for r in rows}) == [0, 1, 2]
+    assert len({r["article"] for r in rows}) == 3
+    for r in rows:
+        assert (r["update"], r["seed"], r["reward_kind"], r["scorer"]) == (7, 0, "value_prior", "reference")
+        assert r["subjects"] is None
+        assert len(set(r["picks"])) == 3
+
+    (paid,) = [result.paid for result in batches[0].results if result.arm == "random"]
+    (reward,) = [r["reward"] for r in rows if (r["arm"], r["index"]) == ("random", 1)]
+    assert reward == pytest.approx(sum(paid.rewards.rewards[1].tolist()) / 3)
+
+
+def test_records_count_the_subjects_read():
+    session = Session(demo("threads"), Processes("cpu"))
+    (batch,) = run_arms(session, ["random"])
+    for r in evaluation_records(session, batch, update=0):
+        labels = [int(batch.pool.subject[r["index"], j]) for j in r["picks"]]
+        assert r["subjects"] == len(set(labels))
+
+
+def test_the_roles_of_a_replaced_row_cover_every_slot(make_session):
+    rows, pool = written(session := make_session())
+    role = with_key_text(session, rows, pool).role
+    assert set(role[:, rows.layout.query_positions].flatten().tolist()) <= {QUERY, PADDING}
+    assert set(role[:, rows.layout.value_positions].flatten().tolist()) <= {VALUE, PADDING}
