@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -272,9 +273,13 @@ def start_tests(tree: Path, expression: str) -> int:
         import pytest
 
         quiet = ["-q", "-x", "--tb=no", "-p", "no:cacheprovider", f"--basetemp={tree}-tmp"]
+        quiet += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins may be imported already
         code = int(pytest.main([*quiet, "tests/test_laws.py", "-k", expression]))
-        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 

@@ -275,7 +275,7 @@ def test_files_of_another_checkpoint_are_noticed(run):
 
 
 def test_every_flipped_bit_of_the_manifest_is_noticed(run):
-    """The manifest vouches for the other files; nothing else vouches for it. One bit of every byte, all eight in turn."""
+    """The manifest vouches for the other files, nothing else for it. One bit of every byte, all eight in turn."""
     newest = checkpoint_path(run, 2)
     path = newest / "manifest.json"
     good = path.read_bytes()

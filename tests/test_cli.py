@@ -36,7 +36,7 @@ SMALL = {
 
 
 class Agrl:
-    """Runs the command line in this process, with a configuration of a few small updates and a runs folder of its own."""
+    """Runs the command line in this process, with a configuration of small updates and a runs folder of its own."""
 
     def __init__(self, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         self.folder, self.runs, self._capfd = folder, folder / "runs", capfd
@@ -182,7 +182,7 @@ BAD_INPUT = {
     "unknown embedder": (2, lambda d: ["--embedder.kind", "hash"], "'hashing'"),
     "module that is not there": (2, lambda d: ["--reward.kind", "no.such.module:x"], "reward.kind"),
     "plain template without prefix": (2, lambda d: ["--template.query_prefix="], "template.query_prefix"),
-    "articles with too few pairs": ((2, 3), lambda d: ["--corpus.subjects", "3", "--corpus.pairs_per_subject", "1"], ""),
+    "articles of too few pairs": ((2, 3), lambda d: ["--corpus.subjects=3", "--corpus.pairs_per_subject=1"], ""),
     "missing corpus file": (3, lambda d: ["--corpus.kind", "files", "--corpus.path", d / "absent.txt"], "absent.txt"),
     "empty corpus file": (3, lambda d: texts(d, "a.txt", b""), "a.txt"),
     "whitespace corpus file": (3, lambda d: texts(d, "a.txt", b" \n \n"), "a.txt"),
@@ -357,9 +357,15 @@ def cut_weights(folder: Path) -> Path:
 def remote_code(folder: Path, name: str, section: str = "auto_map") -> Path:
     model = bundled_copy(folder)
     contents = json.loads((model / name).read_text(encoding="utf-8"))
-    contents[section] = {"AutoConfig": "code.Evil", "AutoModelForCausalLM": "code.Evil", "AutoTokenizer": ["code.E", None]}
+    contents[section] = {
+        "AutoConfig": "code.Evil",
+        "AutoModelForCausalLM": "code.Evil",
+        "AutoTokenizer": ["code.E", None],
+    }
     (model / name).write_text(json.dumps(contents), encoding="utf-8")
-    (model / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\nE = Evil\n", encoding="utf-8")
+    (model / "code.py").write_text(
+        f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\nE = Evil\n", encoding="utf-8"
+    )
     return model
 
 
@@ -394,23 +400,31 @@ def test_a_model_that_cannot_be_used_gives_one_line_the_right_code_and_leaves_no
     assert not (tmp_path / "ran").exists()
 
 
+HUB_ANSWERS = {
+    "absent": (404, "RepoNotFound"),
+    "gated": (403, "GatedRepo"),
+    "gated-401": (401, "GatedRepo"),
+    "no-config": (404, "EntryNotFound"),
+    "down": (503, ""),
+}
+HUB_FILES = {
+    "code": json.dumps({"model_type": "llama", "auto_map": {"AutoConfig": "code.Evil"}}).encode(),
+    "page": b"<html>busy</html>",
+}
+HUB_ASKED: list[str] = []
+
+
 class Hub(BaseHTTPRequestHandler):
     """A hub with one repository of every kind of trouble."""
-
-    ANSWERS = {"absent": (404, "RepoNotFound"), "gated": (403, "GatedRepo"), "gated-401": (401, "GatedRepo"),
-               "no-config": (404, "EntryNotFound"), "down": (503, "")}  # fmt: skip
-    FILES = {"code": json.dumps({"model_type": "llama", "auto_map": {"AutoConfig": "code.Evil"}}).encode(),
-             "page": b"<html>busy</html>"}  # fmt: skip
-    asked: list[str] = []
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
-        self.asked.append(self.path)
+        HUB_ASKED.append(self.path)
         repository = self.path.split("/")[2]
-        body = self.FILES.get(repository, b"")
-        status, code = (200, "") if body else self.ANSWERS.get(repository, (404, "RepoNotFound"))
+        body = HUB_FILES.get(repository, b"")
+        status, code = (200, "") if body else HUB_ANSWERS.get(repository, (404, "RepoNotFound"))
         self.send_response(status)
         if code:
             self.send_header("X-Error-Code", code)
@@ -492,7 +506,7 @@ def hub_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def hub_commands(hub_folder) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """Started before the first test of this file, because they mostly wait: the hub's client retries for half a minute."""
+    """Started before the first test of this file, because they mostly wait: the hub's client tries six times."""
     with serve_hub() as hub:
         started = {
             "reachable": start_many(list(HUB_CASES), hub, hub_folder),
@@ -549,7 +563,7 @@ def test_config_is_what_an_empty_file_stands_for(agrl, tmp_path):
     assert load_config(files=[tmp_path / "printed.yaml"]) == Config()
 
 
-# -- what is refused: the hub, asked by processes started above ---------------------------------------------------------
+# -- what is refused: the hub, asked by processes started above --------------------------------------------------------
 
 
 def test_what_the_hub_refuses_gives_one_line_and_the_right_code(hub_commands, hub_folder):
@@ -560,7 +574,7 @@ def test_what_the_hub_refuses_gives_one_line_and_the_right_code(hub_commands, hu
         assert hint in said.splitlines()[-1]
         if name != "some/down":  # see the next test
             only_line(said)
-    assert {path.split("/")[2] for path in Hub.asked} >= {name.split("/")[1] for name in HUB_CASES}
+    assert {path.split("/")[2] for path in HUB_ASKED} >= {name.split("/")[1] for name in HUB_CASES}
     assert left_in(hub_folder / "runs") == []
 
 

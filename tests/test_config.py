@@ -277,7 +277,9 @@ REFUSED: list[tuple[str, dict[str, object]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("field", "overrides"), REFUSED, ids=lambda x: x if isinstance(x, str) else str(list(x.values())))
+@pytest.mark.parametrize(
+    ("field", "overrides"), REFUSED, ids=lambda x: x if isinstance(x, str) else str(list(x.values()))
+)
 def test_a_setting_out_of_range_is_refused_by_name(field, overrides):
     with pytest.raises(ConfigError) as error:
         load_config("demo", overrides=overrides)

@@ -25,7 +25,9 @@ def record(arm: str, article: str, reward: float, *, index: int = 0, seed: int =
 def records(table: dict[str, list[float]]) -> list[dict[str, Any]]:
     """Rewards of articles a, b, c … by arm."""
     return [
-        record(arm, "abcdefgh"[i], reward, index=i) for arm, rewards in table.items() for i, reward in enumerate(rewards)
+        record(arm, "abcdefgh"[i], reward, index=i)
+        for arm, rewards in table.items()
+        for i, reward in enumerate(rewards)
     ]
 
 
@@ -111,7 +113,11 @@ def test_of_a_single_article_the_trajectories_are_resampled_and_the_summary_says
 
 
 def test_subjects_read_are_averaged_where_the_corpus_has_them():
-    rows = [record("trained", "a", 1.0, subjects=2), record("trained", "b", 1.0, subjects=5), record("random", "a", 1.0)]
+    rows = [
+        record("trained", "a", 1.0, subjects=2),
+        record("trained", "b", 1.0, subjects=5),
+        record("random", "a", 1.0),
+    ]
     arms = summarise(rows, held_out=True)["arms"]
     assert arms["trained"]["subjects"] == 3.5
     assert "subjects" not in arms["random"]
@@ -211,7 +217,7 @@ def test_easy_to_hard_reads_by_the_values_prior(session):
     for paid, pool, prior in arms(session, "easy_to_hard")["easy_to_hard"]:
         assert len(set(pool.value_mask.sum(-1).flatten().tolist())) > 1
         for row, sums in zip(paid.rows.picks.tolist(), prior.tolist(), strict=True):
-            assert row == sorted(range(5), key=lambda j: -sums[j])[:3]  # noqa: B023
+            assert row == sorted(range(5), key=lambda j: -sums[j])[:3]
 
 
 def test_nearest_key_starts_in_article_order_and_follows_the_last_value(session):
@@ -225,7 +231,7 @@ def test_nearest_key_starts_in_article_order_and_follows_the_last_value(session)
                 scores = {
                     j: sum(float(query[h] @ keys[j, h // 2]) for h in range(4)) for j in range(5) if j not in row[:t]
                 }
-                assert row[t] == max(scores, key=lambda j: scores[j])  # noqa: B023
+                assert row[t] == max(scores, key=lambda j: scores[j])
 
 
 def test_planted_is_left_out_where_the_corpus_has_no_subjects(session):
@@ -351,11 +357,11 @@ def test_the_oracle_takes_the_best_unread_pair_at_every_step(make_session, overr
         for t in range(3):
             unread = [[j for j in range(5) if j not in row] for row in prefix]
             rewards = [
-                forced_rewards(session, pool, prior, [p + [u[n]] for p, u in zip(prefix, unread, strict=True)])[:, t]
+                forced_rewards(session, pool, prior, [[*p, u[n]] for p, u in zip(prefix, unread, strict=True)])[:, t]
                 for n in range(5 - t)
             ]
             best = torch.stack(rewards).argmax(0).tolist()
-            prefix = [p + [u[n]] for p, u, n in zip(prefix, unread, best, strict=True)]
+            prefix = [[*p, u[n]] for p, u, n in zip(prefix, unread, best, strict=True)]
             highest = torch.stack(rewards).max(0).values
             torch.testing.assert_close(paid.rewards.rewards[:, t], highest, atol=2e-5, rtol=0)
         assert paid.rows.picks.tolist() == prefix

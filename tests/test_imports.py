@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", "records", "randomness", "selection", "statistics", "data.wikitext", "report", "report.figures"],
     ["config", "model", "distributed", "reward"],
     ["rl_agent", "environment", "template", "loading", "tracking", "data.files", "data.dump", "data.encyclopedia"],
-    ["embedders.attention", "embedders.hashing", "data", "objective", "scorer", "rollout"],
+    ["embedders.attention", "embedders.hashing", "data", "objective", "scorer", "rollouts"],
     ["embedders", "data.pairs"],
     ["session", "checkpoint"],
     ["trainer", "evaluation", "report.terminal"],
@@ -28,7 +28,7 @@ LAYERS = [
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 
 ONLY_IN = {
-    "transformers": {"model", "loading", "rollout", "scorer"},
+    "transformers": {"model", "loading", "rollouts", "scorer"},
     "peft": {"model", "loading"},
     "huggingface_hub": {"loading"},
     "accelerate": {"distributed"},
@@ -91,7 +91,7 @@ def test_a_library_is_met_in_one_place(library):
 
 
 def test_outside_the_model_transformers_lends_nothing_but_the_type_of_the_cache():
-    for module in ("rollout", "scorer"):
+    for module in ("rollouts", "scorer"):
         names = {name for imported, name in imports(MODULES[module]) if imported.startswith("transformers")}
         assert names <= {"DynamicCache"}
 
@@ -122,8 +122,8 @@ for name in outside:
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
 events = []
-WATCHED = ("socket.connect", "socket.getaddrinfo", "socket.bind", "subprocess.Popen", "os.system", "os.mkdir", "os.rename",
-           "os.remove", "shutil.rmtree", "os.truncate")
+WATCHED = ("socket.connect", "socket.getaddrinfo", "socket.bind", "subprocess.Popen", "os.system", "os.mkdir",
+           "os.rename", "os.remove", "shutil.rmtree", "os.truncate")
 def watch(event, arguments):
     if event in WATCHED or event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         events.append(f"{event} {arguments[:2]}")

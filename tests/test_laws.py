@@ -66,7 +66,7 @@ from attention_guided_rl.rl_agent import (
     full_kl,
     sampled_kl,
 )
-from attention_guided_rl.rollout import rollout
+from attention_guided_rl.rollouts import rollout
 from attention_guided_rl.scorer import SCORERS, reference_scorer
 from attention_guided_rl.selection import head_scores, sample, selection_logprobs
 from attention_guided_rl.template import Template, assemble, build_template

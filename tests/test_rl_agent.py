@@ -47,7 +47,7 @@ def test_trajectory_returns_credit_every_step_with_the_mean_reward():
 
 def test_leave_one_out_is_the_mean_of_the_other_rows_of_the_group():
     returns = tensor([[1.0, 0.0], [2.0, 0.0], [6.0, 3.0], [10.0, -1.0], [10.0, 1.0], [10.0, 0.0]])
-    # first group, step 0: (2+6)/2, (1+6)/2, (1+2)/2; step 1: (0+3)/2, (0+3)/2, (0+0)/2; the second group knows nothing of it
+    # first group, step 0: (2+6)/2, (1+6)/2, (1+2)/2; step 1: (0+3)/2, (0+3)/2, (0+0)/2; groups stay apart
     expected = [[4.0, 1.5], [3.5, 1.5], [1.5, 0.0], [10.0, 0.5], [10.0, -0.5], [10.0, 0.0]]
     assert leave_one_out(returns, 3).tolist() == expected
 

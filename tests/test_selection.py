@@ -80,7 +80,8 @@ def test_the_key_that_equals_the_query_is_certain_as_temperature_falls():
     keys = torch.eye(4)[None, :, None]  # four orthogonal keys
     scores = head_scores(keys[0, 2:3], keys)  # the query is the third
     chance = [
-        float(selection_logprobs(scores, torch.ones(1, 4, dtype=torch.bool), tau).exp()[0, 2]) for tau in (1.0, 0.1, 0.01)
+        float(selection_logprobs(scores, torch.ones(1, 4, dtype=torch.bool), tau).exp()[0, 2])
+        for tau in (1.0, 0.1, 0.01)
     ]
     # e^{1/τ} / (e^{1/τ} + 3): a second softmax over probabilities could not exceed e/(e + 3)
     assert chance == pytest.approx([0.475367, 0.999864, 1.0], abs=1e-6)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -77,8 +78,9 @@ def save_checkpoint(
             shutil.rmtree(final)
         os.rename(staged, final)
         _fsync(final.parent)
-    except OSError as error:
-        raise StorageError(f"{final}: cannot write the checkpoint: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own class
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{final}: cannot write the checkpoint: {reason}") from error
     return final
 
 
@@ -88,7 +90,7 @@ def latest_checkpoint(run: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    found = sorted((run / "checkpoints").glob("update-*"), reverse=True)
+    found = sorted((run / "checkpoints").glob("update-*"), key=lambda p: (len(p.name), p.name), reverse=True)
     problems = []
     for path in found:
         try:
@@ -107,11 +109,15 @@ def verify(path: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        own_digest = manifest.pop("manifest_sha256")
+        if own_digest != _manifest_digest(manifest):
+            raise ValueError("the manifest's own digest differs")
         listed: dict[str, str] = manifest["sha256"]
-        if manifest["schema"] != SCHEMA:
-            raise CheckpointError(f"{path}: written with schema {manifest['schema']}, this version reads {SCHEMA}")
-    except (OSError, ValueError, KeyError, TypeError):
+        schema = manifest["schema"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: manifest.json is missing or damaged") from None
+    if schema != SCHEMA:
+        raise CheckpointError(f"{path}: written with schema {schema}, this version reads {SCHEMA}")
     present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {"manifest.json"}
     for name in sorted(present ^ set(listed)):
         raise CheckpointError(f"{path}: {name} is {'not in the manifest' if name in present else 'missing'}")
@@ -177,15 +183,21 @@ def _restore_moments(model: LanguageModel, optimizer: torch.optim.Optimizer, fla
 
 def _write_manifest(staged: Path, log_lengths: Mapping[str, int]) -> None:
     files = sorted(p for p in staged.rglob("*") if p.is_file())
-    manifest = {
+    manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "sha256": {str(p.relative_to(staged)): _sha256(p) for p in files},
         "log_bytes": dict(log_lengths),
     }
     path = staged / "manifest.json"
+    manifest["manifest_sha256"] = _manifest_digest(manifest)
     path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for target in [*files, path, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
         _fsync(target)
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's content, its own digest left out."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -6,12 +6,14 @@ Exit codes: 0 done · 2 usage or configuration · 3 corpus · 4 credentials · 5
 
 import argparse
 import logging
+import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -32,13 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except AgrlError as error:
-        print(f"agrl: error: {error}", file=sys.stderr)
+        print(f"agrl: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
         print("agrl: interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        traceback.print_exc()
+        print("agrl: error: a bug of ours; please report the lines above", file=sys.stderr)
+        return AgrlError.exit_code
 
 
 def entry_point() -> None:
@@ -76,15 +82,34 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
             if not waiting:
                 raise ConfigError(f"command line: {name} needs a value")
             value = waiting.pop(0)
-        try:
-            overrides[name[2:].replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            overrides[name[2:].replace("-", "_")] = value
+        dotted = name[2:].replace("-", "_")
+        overrides[dotted] = _parse_value(dotted, value)
     return overrides
 
 
+def _parse_value(dotted: str, value: str) -> Any:
+    """Read a value as YAML, but a title, name or path as it is typed (`null` is no path)."""
+    from attention_guided_rl.config import text_type
+
+    kind = text_type(dotted)
+    if kind is str or (kind is Path and value != "null"):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except (yaml.YAMLError, RecursionError):
+        return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports as everything else does: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
+        raise ConfigError(f"command line: {message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="agrl", description=DESCRIPTION)
+    parser = _Parser(prog="agrl", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"agrl {metadata.version('attention-guided-rl')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -122,18 +147,21 @@ def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from attention_guided_rl.errors import RunInUseError
 
     if options.resume:
-        folder = options.runs_folder / options.run if options.run else runs.newest_run(options.runs_folder)
+        if options.run is not None:
+            folder = runs.run_folder(options.run, None, options.runs_folder)
+        else:
+            folder = runs.newest_run(options.runs_folder)
         files = [runs.run_config(folder), *options.config]
         config = load_config(files=files, overrides=overrides)
     else:
         preset = options.preset or (None if options.config else "demo")
-        folder = runs.new_run_folder(options.run, preset, options.runs_folder)
+        folder = runs.run_folder(options.run, preset, options.runs_folder)
         if folder.exists():
             raise RunInUseError(f"{folder} exists; choose another --run, or add --resume to go on with it")
         config = load_config(options.preset, options.config, overrides)
     resume_command = f"agrl train --run {folder.name} --resume"
     if options.runs_folder != Path("runs"):
-        resume_command += f" --runs-folder {options.runs_folder}"
+        resume_command += f" --runs-folder {shlex.quote(str(options.runs_folder))}"
     try:
         result = runs.train(config, folder, resume=options.resume)
     except AgrlError as error:

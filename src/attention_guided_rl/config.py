@@ -48,6 +48,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.lora_rank >= 1, f"model.lora_rank must be at least 1, got {self.lora_rank}")
+        _require(
+            math.isfinite(self.lora_alpha) and self.lora_alpha > 0,
+            f"model.lora_alpha must be positive, got {self.lora_alpha}",
+        )
         _require(0 <= self.lora_dropout < 1, f"model.lora_dropout must be in [0, 1), got {self.lora_dropout}")
         _require(
             self.adapter == "lora" or self.dtype == "float32",
@@ -97,12 +101,19 @@ class CorpusConfig:
         _require(
             1 <= self.pairs_per_subject <= 8, f"corpus.pairs_per_subject must be 1 to 8, got {self.pairs_per_subject}"
         )
-        _require(self.seed >= 0, f"corpus.seed must not be negative, got {self.seed}")
+        names = {"needle": self.num_pairs, "chain": self.num_pairs + 1}.get(self.variant, self.subjects)
+        _require(names <= 64, f"corpus.subjects: this {self.variant} article needs {names} names; there are 64")
+        _require(0 <= self.seed < 2**63, f"corpus.seed must be 0 to 2^63 − 1, got {self.seed}")
         if self.kind in ("files", "dump"):
             _require(self.path is not None, f"corpus.kind: {self.kind} needs corpus.path")
         if self.kind == "encyclopedia":
             _require(self.path is None, "corpus.path has no meaning for the generated encyclopedia; set corpus.kind")
             _require(self.title is None, "corpus.title has no meaning for the generated encyclopedia; set corpus.kind")
+
+    @property
+    def num_pairs(self) -> int:
+        """`encyclopedia`: pairs of an article."""
+        return self.subjects * self.pairs_per_subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +156,10 @@ class RolloutConfig:
             _require(getattr(self, name) >= 1, f"rollout.{name} must be at least 1, got {getattr(self, name)}")
         _require(self.steps == "auto" or self.steps >= 1, f"rollout.steps must be at least 1 or auto, got {self.steps}")
         _require(
+            self.context_tokens is None or self.context_tokens >= 1,
+            f"rollout.context_tokens must be at least 1, got {self.context_tokens}",
+        )
+        _require(
             self.temperature > 0 and math.isfinite(self.temperature),
             f"rollout.temperature must be positive, got {self.temperature}",
         )
@@ -179,7 +194,7 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         _require(0 < self.target_entropy < 1, f"selection.target_entropy must be in (0, 1), got {self.target_entropy}")
         _require(
-            self.temperature is None or self.temperature > 0,
+            self.temperature is None or (self.temperature > 0 and math.isfinite(self.temperature)),
             f"selection.temperature must be positive, got {self.temperature}",
         )
         _require(self.calibration_queries >= 1, "selection.calibration_queries must be at least 1")
@@ -207,7 +222,10 @@ class KLConfig:
     """`full`: exact reverse KL over the vocabulary; `k2`, `k3`: from the sampled token."""
 
     def __post_init__(self) -> None:
-        _require(self.coefficient >= 0, f"objective.kl.coefficient must not be negative, got {self.coefficient}")
+        _require(
+            self.coefficient >= 0 and math.isfinite(self.coefficient),
+            f"objective.kl.coefficient must not be negative, got {self.coefficient}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +282,10 @@ class OptimizerConfig:
         )
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
-        _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, got {self.weight_decay}")
+        _require(
+            self.weight_decay >= 0 and math.isfinite(self.weight_decay),
+            f"optimizer.weight_decay must not be negative, got {self.weight_decay}",
+        )
         _require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be positive, got {self.max_grad_norm}")
         _require(self.warmup_updates >= 0, f"optimizer.warmup_updates must not be negative, got {self.warmup_updates}")
 
@@ -288,7 +309,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _require(self.updates >= 0, f"training.updates must not be negative, got {self.updates}")
-        _require(self.seed >= 0, f"training.seed must not be negative, got {self.seed}")
+        _require(0 <= self.seed < 2**63, f"training.seed must be 0 to 2^63 − 1, got {self.seed}")
         _require(
             self.micro_batch_rows is None or self.micro_batch_rows >= 1,
             f"training.micro_batch_rows must be at least 1, got {self.micro_batch_rows}",
@@ -349,6 +370,10 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        self._check_encyclopedia(self.corpus, "corpus", 0)
+        if self.evaluation.articles:
+            held_out = self.evaluation.corpus or self.corpus
+            self._check_encyclopedia(held_out, "evaluation.corpus", self.evaluation.num_probes)
         steps, num_pairs = self.rollout.steps, self.pairs.num_pairs
         _require(
             steps == "auto" or steps <= num_pairs,
@@ -361,6 +386,14 @@ class Config:
         _require(
             not self.training.shuffled_rewards or self.rollout.trajectories >= 2,
             "training.shuffled_rewards needs rollout.trajectories of at least 2",
+        )
+
+    def _check_encyclopedia(self, corpus: CorpusConfig, key: str, num_probes: int) -> None:
+        needed = self.pairs.num_pairs + num_probes
+        _require(
+            corpus.kind != "encyclopedia" or corpus.num_pairs >= needed,
+            f"{key}.subjects × {key}.pairs_per_subject gives {corpus.num_pairs} pairs an article; "
+            f"pairs.num_pairs and the probes need {needed}",
         )
 
 
@@ -405,6 +438,18 @@ def config_to_yaml(config: Config) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
+def text_type(dotted: str) -> type | None:
+    """Return str or Path if a field takes that, so that what is typed is not read as YAML; otherwise None."""
+    cls: type = Config
+    *sections, leaf = dotted.split(".")
+    for section in sections:
+        cls = _field_types(cls).get(section) or object
+        if cls is object:
+            return None
+    hint = get_type_hints(cls).get(leaf)
+    return next((t for t in (hint, *get_args(hint)) if t in (str, Path)), None)
+
+
 def dotted_fields(cls: type = Config, prefix: str = "") -> Iterator[str]:
     """Yield the dotted name of every field that holds a value."""
     for name, nested in _field_types(cls).items():
@@ -439,6 +484,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: broken YAML: {getattr(error, 'problem', None) or 'cannot parse'}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: broken YAML: nested too deeply") from None
     if data is None:
         return {}
     if not isinstance(data, dict):

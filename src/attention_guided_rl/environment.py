@@ -6,7 +6,7 @@ independent: each embeds its own query, makes its own pick and keeps its own unr
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,7 @@ Picker = Callable[["ReadingEnvironment", Float[Tensor, "B N"], Float[Tensor, " B
 """Chooses pool positions given the environment, log σ and one uniform number per row."""
 
 
+@runtime_checkable
 class Embedder(Protocol):
     """Standalone text to vectors. The score of a query and a key is the inner product of their vectors, per head."""
 

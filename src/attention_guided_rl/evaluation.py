@@ -92,7 +92,7 @@ def _rollout_arm(
         "untrained": sampled_pick,
         "random": _random_pick,
         "article_order": _article_order_pick,
-        "easy_to_hard": _easy_to_hard(prior / pool.value_mask.sum(-1)),
+        "easy_to_hard": _easy_to_hard(prior),
         "nearest_key": _nearest_key_pick,
         "planted": _planted(pool.subject, variant),
         "planted_shuffled": _planted(_shuffle_labels(pool.subject), variant),
@@ -117,6 +117,8 @@ def _article_order_pick(env: ReadingEnvironment, logprobs: Tensor, uniform: Tens
 
 
 def _easy_to_hard(prior: Float[Tensor, "A N"]) -> Picker:
+    """Prefer the largest u_j; dividing by L̄ would not change the order."""
+
     def pick(env: ReadingEnvironment, logprobs: Tensor, uniform: Tensor) -> Tensor:
         return _first_unread(prior.repeat_interleave(len(uniform) // len(prior), 0), env.unread)
 

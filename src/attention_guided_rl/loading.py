@@ -5,6 +5,7 @@ Weights come from safetensors only, and no code from a model repository ever run
 
 import copy
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -46,9 +48,8 @@ def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, min_
         causal_lm = AutoModelForCausalLM.from_pretrained(
             source, trust_remote_code=False, use_safetensors=True, dtype=dtype, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model.name: cannot load {config.name!r}: {first_line}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ConfigError(f"model.name: cannot load {config.name!r}: {_one_line(error)}") from error
     _check_positions(causal_lm, min_positions, config.name)
     bad = [name for name, p in causal_lm.named_parameters() if not torch.isfinite(p).all()]
     if bad:
@@ -97,22 +98,39 @@ def model_source(config: ModelConfig) -> str:
         contents = json.loads(config_file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.name: {config.name!r}: config.json cannot be read: {error}") from None
-    if "auto_map" in contents:
+    if not isinstance(contents, dict):
+        raise ConfigError(f"model.name: {config.name!r}: config.json does not describe a model")
+    if "auto_map" in contents or _tokenizer_wants_code(folder):
         raise UnsafeError(f"model.name: {config.name!r} wants to run code from its repository; refused")
     return config.name
 
 
 def max_positions(config: ModelConfig) -> int:
     """Return the longest row the model can read, from its config alone, before any weights load."""
+    source = model_source(config)
+    options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": config.revision}
     try:
-        loaded = AutoConfig.from_pretrained(model_source(config), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model.name: cannot load {config.name!r}: {str(error).splitlines()[0]}") from error
-    return int(loaded.get_text_config().max_position_embeddings)
+        loaded = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        return int(loaded.get_text_config().max_position_embeddings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"model.name: cannot load {config.name!r} as a language model: {_one_line(error)}") from error
+
+
+def _tokenizer_wants_code(folder: Path) -> bool:
+    try:
+        contents = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # no such file, or one that the loading proper will complain about
+    return isinstance(contents, dict) and "auto_map" in contents
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _hub_config(config: ModelConfig) -> Path:
     """Fetch config.json of a hub model, which tells apart: no such model, no access, no network."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not news to the reader
     name = config.name
     try:
         return Path(hf_hub_download(name, "config.json", revision=config.revision))

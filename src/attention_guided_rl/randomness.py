@@ -39,7 +39,7 @@ def uniforms(
     trajectories: int,
     steps: int,
     query_len: int,
-) -> Float[Tensor, "B S Q+1"]:
+) -> Float[Tensor, "B S U"]:
     """Return each row's uniform numbers: Q for the query tokens of a step, the last for its pick.
 
     Rows are articles `indices` × `trajectories`; a row's numbers depend on (seed, purpose, update, index, trajectory).

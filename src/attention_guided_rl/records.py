@@ -1,7 +1,8 @@
 """Records: what flows from one stage to the next. Frozen; a stage adds information by returning a new record.
 
 Dimensions: A articles, G trajectories per article, B = A·G rows (row b = a·G + g), N pairs in the pool, P probes,
-S steps, T tokens in a row, Q/K/L query/key/value slot lengths in tokens, H heads, D embedding size, V vocabulary.
+S steps, T tokens in a row, Q/K/L query/key/value slot lengths in tokens, H heads, D embedding size, V vocabulary;
+SQ = S·Q and SL = S·L, U = Q + 1 uniform numbers a step.
 Log-probabilities and rewards are in nats. Masks are True where there is a real token.
 
     Article → PairPool → TrajectoryBatch → Rewards → Advantages → UpdateBatch → LossOutput
@@ -112,12 +113,12 @@ class RowLayout:
         return self.prompt_len + self.num_steps * self.step_len
 
     @property
-    def query_positions(self) -> Int[Tensor, "S*Q"]:
+    def query_positions(self) -> Int[Tensor, " SQ"]:
         """Places of the query slots."""
         return self._slots(self.before_query_len, self.query_len)
 
     @property
-    def value_positions(self) -> Int[Tensor, "S*L"]:
+    def value_positions(self) -> Int[Tensor, " SL"]:
         """Places of the value slots."""
         return self._slots(self.step_len - self.value_len, self.value_len)
 
@@ -193,7 +194,7 @@ class Scores:
 
     value_logprobs: Float[Tensor, "B S L"]
     """log p(value token | everything before it); 0 at padding."""
-    query_hidden: Float[Tensor, "B S*Q D"]
+    query_hidden: Float[Tensor, "B SQ D"]
     """Final hidden states that predict the query tokens: the reference's side of the KL without a second pass."""
 
 
@@ -225,7 +226,7 @@ class UpdateBatch:
 
     rows: TrajectoryBatch
     advantages: Float[Tensor, "B S"]
-    reference_hidden: Float[Tensor, "B S*Q D"]
+    reference_hidden: Float[Tensor, "B SQ D"]
     num_query_tokens: int
     """M: kept rows of the whole update (all micro-batches, all processes) × S × Q, the loss's denominator."""
 

@@ -145,8 +145,8 @@ def run_config(folder: Path) -> Path:
     return path
 
 
-def new_run_folder(name: str | None, preset: str | None, root: Path) -> Path:
-    """Return the folder of a new run: `root/NAME`, or `root/<preset>-<UTC time>`.
+def run_folder(name: str | None, preset: str | None, root: Path) -> Path:
+    """Return the folder of a run: `root/NAME`, or for a new one without a name `root/<preset>-<UTC time>`.
 
     Raises:
         UnsafeError: the name would leave `root`.

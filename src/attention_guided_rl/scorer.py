@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,7 @@ from attention_guided_rl.records import PADDING, PROMPT, TEMPLATE, VALUE, PairPo
 from attention_guided_rl.template import Template
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Predicts values; never has gradients."""
 

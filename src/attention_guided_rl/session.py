@@ -27,7 +27,7 @@ from attention_guided_rl.objective import OBJECTIVES, Objective
 from attention_guided_rl.randomness import Purpose, uniforms
 from attention_guided_rl.records import PairPool, Rewards, Scores, TrajectoryBatch
 from attention_guided_rl.reward import REWARDS, RewardInputs
-from attention_guided_rl.rollout import rollout
+from attention_guided_rl.rollouts import rollout
 from attention_guided_rl.scorer import SCORERS, Scorer, reference_scorer
 from attention_guided_rl.selection import calibrate_temperature, head_scores, query_information, selection_logprobs
 from attention_guided_rl.template import Template, build_template
@@ -162,6 +162,8 @@ class Session:
         pool = self.stream(corpus, num_probes=0, purpose=Purpose.POOL).next_pool(num_articles)
         pool = pool.to(self.model.device)
         self.temperature = 1.0
+        if c.pairs.num_pairs == 1:  # nothing to choose
+            return True
         first_query = self.uniforms(Purpose.CALIBRATION, 0, range(num_articles), per_article)[:, :1]
         with self.model.reference():
             rows = self.rollout(pool, first_query)

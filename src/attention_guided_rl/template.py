@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from jinja2 import TemplateError
 from torch import Tensor
 
 from attention_guided_rl.config import TemplateConfig
@@ -85,7 +86,10 @@ def _chat_template(tokenizer: Any, config: TemplateConfig) -> Template:
     for _ in range(3):
         turns.append({"role": "assistant", "content": _QUERY_MARK})
         turns.append({"role": "user", "content": _VALUE_MARK})
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, date_string=config.date_string))
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, date_string=config.date_string))
+    except TemplateError as error:
+        raise ConfigError(f"template.kind: the chat template fails ({error}); set template.kind: plain") from None
     pieces = [part for chunk in text.split(_QUERY_MARK) for part in chunk.split(_VALUE_MARK)]
     if len(pieces) != 7:
         raise ConfigError("template.kind: this chat template drops or repeats turns; set template.kind: plain")

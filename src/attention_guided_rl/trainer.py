@@ -187,7 +187,7 @@ def _step(
         if parameter.grad is None:  # this process had no kept row
             parameter.grad = torch.zeros_like(parameter)
     names = ("loss/total", "loss/policy", "loss/kl", "policy/entropy", "policy/sampler_mismatch")
-    totals = torch.stack([sums.get(n, torch.zeros((), device=session.model.device)).double().float() for n in names])
+    totals = torch.stack([sums.get(n, torch.zeros((), device=session.model.device)) for n in names])
     session.processes.sum_([p.grad for p in parameters if p.grad is not None] + [totals])
     norm = nn.utils.clip_grad_norm_(parameters, session.config.optimizer.max_grad_norm)
     values = dict(zip(names, totals.tolist(), strict=True)) | {"optimizer/gradient_norm": float(norm)}
@@ -211,6 +211,14 @@ def update_metrics(
     choices = (selection > -math.inf).sum(-1) >= 2
     first = selection[:, 0].unflatten(0, (-1, session.config.rollout.trajectories))
     kept = advantages.advantages[advantages.keep]
+    ids, real = rows.query_slots()
+    blank = torch.tensor(
+        [
+            not session.model.decode(q[m].tolist()).strip()
+            for q, m in zip(ids.flatten(0, 1), real.flatten(0, 1), strict=True)
+        ],
+        device=ids.device,
+    )
     picked = selection.gather(-1, picks[:, :, None]).squeeze(-1)
     return {
         "reward/mean": _finite(rewards.mean()),
@@ -224,6 +232,7 @@ def update_metrics(
         "selection/entropy": _finite(entropy(selection)[choices].mean()) if bool(choices.any()) else None,
         "selection/picked_logprob": _finite(picked.mean()),
         "selection/query_information": _finite(torch.stack([query_information(g) for g in first]).mean()),
+        "selection/blank_queries": int(processes.gather_rows(blank).sum()),
     }
 
 

@@ -160,7 +160,12 @@ def test_null_values_share_nothing_with_their_own_key_or_subject_beyond_chance()
 
     def of(same: bool) -> float:
         return agreement(
-            [(p, q) for pairs in several for p, q in itertools.combinations(pairs, 2) if (p.subject == q.subject) is same]
+            [
+                (p, q)
+                for pairs in several
+                for p, q in itertools.combinations(pairs, 2)
+                if (p.subject == q.subject) is same
+            ]
         )
 
     assert of(same=True) == pytest.approx(CHANCE, abs=0.012)
@@ -212,7 +217,9 @@ def test_chain_links_name_the_next_and_change_at_most_one_attribute():
 
 
 def test_chain_links_far_apart_are_unrelated():
-    ends = [(min(pairs, key=lambda p: p.subject), max(pairs, key=lambda p: p.subject)) for pairs in articles("chain", 150)]
+    ends = [
+        (min(pairs, key=lambda p: p.subject), max(pairs, key=lambda p: p.subject)) for pairs in articles("chain", 150)
+    ]
     assert agreement(ends) < 0.2  # an attribute survives 27 changes with probability (5/6)^27 = 0.007, else chance
 
 

@@ -1,7 +1,7 @@
 """Corpora: where articles come from. `CORPORA` is the table; `package.module:name` in the configuration works too."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from attention_guided_rl.config import CorpusConfig
 from attention_guided_rl.data.dump import DumpCorpus
@@ -10,6 +10,7 @@ from attention_guided_rl.data.files import FilesCorpus
 from attention_guided_rl.records import Article
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """A sequence of articles in a fixed order, read from any place."""
 

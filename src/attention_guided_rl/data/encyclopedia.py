@@ -78,6 +78,8 @@ class _Subject:
 
 def _names(rng: np.random.Generator, num_names: int) -> list[str]:
     """Draw names that share no word, so that either word identifies its bearer within the article."""
+    if num_names > len(FIRST_NAMES):
+        raise ValueError(f"an article can have at most {len(FIRST_NAMES)} names, this one needs {num_names}")
     first = rng.permutation(len(FIRST_NAMES))[:num_names]
     last = rng.permutation(len(LAST_NAMES))[:num_names]
     return [f"{FIRST_NAMES[i]} {LAST_NAMES[j]}" for i, j in zip(first, last, strict=True)]
@@ -153,7 +155,11 @@ _GENERATORS = {"threads": _threads, "needle": _needle, "chain": _chain, "null": 
 def generate_article(
     seed: int, index: int, *, variant: str = "threads", subjects: int = 7, pairs_per_subject: int = 4
 ) -> Article:
-    """Generate article number `index` of the encyclopedia with this seed; a pure function of its arguments."""
+    """Generate article number `index` of the encyclopedia with this seed; a pure function of its arguments.
+
+    Raises:
+        ValueError: the sizes need more names than there are.
+    """
     rng = np.random.Generator(np.random.Philox(key=[seed, VARIANTS.index(variant)], counter=[0, 0, 0, index]))
     pairs = _GENERATORS[variant](rng, subjects, pairs_per_subject)
     pairs = [pairs[i] for i in rng.permutation(len(pairs))]

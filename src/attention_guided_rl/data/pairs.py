@@ -20,6 +20,7 @@ from attention_guided_rl.randomness import Purpose, generator
 from attention_guided_rl.records import Article, PairPool
 
 logger = logging.getLogger(__name__)
+MAX_SKIPPED_IN_A_ROW = 10_000
 Encode = Callable[[str], list[int]]
 
 
@@ -138,9 +139,11 @@ def _build_pool(draws: Sequence[_Draw], config: PairsConfig) -> PairPool:
         probe_value_ids=probe_values[0],
         probe_value_mask=probe_values[1],
         position=torch.tensor([[p.position for p in pool] for pool in pools]),
-        probe_position=torch.tensor([[p.position for p in row] for row in probes]).reshape(len(draws), -1),
+        probe_position=torch.tensor([[p.position for p in row] for row in probes], dtype=torch.long).view(
+            len(draws), -1
+        ),
         subject=torch.tensor([[p.subject for p in pool] for pool in pools]),
-        probe_subject=torch.tensor([[p.subject for p in row] for row in probes]).reshape(len(draws), -1),
+        probe_subject=torch.tensor([[p.subject for p in row] for row in probes], dtype=torch.long).view(len(draws), -1),
     )
 
 
@@ -178,10 +181,9 @@ class PoolStream:
         self.position = Position()
         self.num_skipped = 0
         """Articles skipped since this object was made because they have too few pairs."""
-        self.num_distinct: int | None = None
-        """Usable articles in one pass; None until a pass has ended."""
         self._articles = corpus.articles(0, 0)
         self._usable_in_pass = 0
+        self._skipped_in_a_row = 0
 
     def resume(self, position: Position) -> None:
         """Go on from a saved position.
@@ -223,21 +225,27 @@ class PoolStream:
             self.position = Position(epoch, offset + 1, drawn + usable, last if usable else self.position.last_article)
             if usable:
                 self._usable_in_pass += 1
+                self._skipped_in_a_row = 0
                 return _draw(cut, self._config.num_pairs, self._num_probes, self._rng(drawn))
             self.num_skipped += 1
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:  # an endless corpus has no pass to end
+                raise self._nothing_usable(needed)
             logger.debug("skipped %r: %d pairs of %d needed", article.title, len(cut.pairs), needed)
 
     def _rng(self, drawn: int) -> np.random.Generator:
         return generator(self._seed, self._purpose, drawn)
 
+    def _nothing_usable(self, needed: int) -> CorpusError:
+        return CorpusError(
+            f"no article has enough text: {self._skipped_in_a_row} in a row were cut into fewer than the {needed} "
+            f"pairs needed (pairs.num_pairs {self._config.num_pairs} + {self._num_probes} probes, of "
+            f"{self._config.key_tokens} + {self._config.value_tokens} tokens); lower pairs.num_pairs or the lengths"
+        )
+
     def _end_pass(self, needed: int) -> None:
         if self._usable_in_pass == 0 and self.position.offset == self.num_skipped:
-            raise CorpusError(
-                f"no article has enough text: {self.num_skipped} read, each cut into fewer than the {needed} pairs "
-                f"needed (pairs.num_pairs {self._config.num_pairs} + {self._num_probes} probes of "
-                f"{self._config.key_tokens} + {self._config.value_tokens} tokens); lower pairs.num_pairs or the lengths"
-            )
-        self.num_distinct = self._usable_in_pass or self.num_distinct
+            raise self._nothing_usable(needed)
         self._usable_in_pass = 0
         self.position = Position(self.position.epoch + 1, 0, self.position.drawn, self.position.last_article)
         self._articles = self._corpus.articles(self.position.epoch, 0)

@@ -22,7 +22,7 @@ def rollout(
     model: LanguageModel,
     template: Template,
     env: ReadingEnvironment,
-    uniforms: Float[Tensor, "B S Q+1"],
+    uniforms: Float[Tensor, "B S U"],
     temperature: float,
     picker: Picker = sampled_pick,
 ) -> TrajectoryBatch:
