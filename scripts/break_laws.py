@@ -71,7 +71,13 @@ MUTATIONS = (
     ),
     mistake(
         "leave-one-out over the steps", "law_03",
-        ("rl_agent.py", "(shifted.sum(1, keepdim=True) - shifted)", "(shifted.sum(2, keepdim=True) - shifted)"),
+        ("rl_agent.py", "return leave_one_out(returns, group_size)",
+         "return (returns.sum(1, keepdim=True) - returns) / max(1, returns.shape[1] - 1)"),
+    ),
+    mistake(
+        "leave-one-out over rows of different articles", "law_03",
+        ("rl_agent.py", "groups = returns.unflatten(0, (-1, group_size))",
+         "groups = returns.unflatten(0, (group_size, -1)).transpose(0, 1)"),
     ),
     mistake(
         "template token in the action mask", "law_03 or law_05",
@@ -160,6 +166,10 @@ MUTATIONS = (
     mistake(
         "padding takes position ids", "law_01",
         ("records.py", "((role != PADDING).long().cumsum(-1) - 1)", "(torch.ones_like(role).cumsum(-1) - 1)"),
+    ),
+    mistake(
+        "cached tokens take the first position ids", "law_01",
+        ("model.py", "position_ids(role)[:, -ids.shape[1] :]", "position_ids(role)[:, : ids.shape[1]]"),
     ),
     mistake(
         "each value divided by its own length", "law_02",

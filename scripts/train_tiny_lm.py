@@ -185,8 +185,8 @@ def main() -> None:
 
     tokenizer.save_pretrained(args.out)
     training = {
-        "command": f"python scripts/train_tiny_lm.py --out {args.out} --steps {args.steps} --stop {args.stop} --rows {args.rows} "
-        f"--lr {args.lr} --seed {args.seed}",
+        "command": f"python scripts/train_tiny_lm.py --out {args.out} --steps {args.steps} --stop {args.stop} "
+        f"--rows {args.rows} --lr {args.lr} --seed {args.seed}",
         "seconds": round(time.perf_counter() - start),
         "threads": torch.get_num_threads(),
         "losses": log,

@@ -75,7 +75,9 @@ def leave_one_out(returns: Float[Tensor, "B S"], group_size: int) -> Float[Tenso
     if group_size < 2:
         raise ValueError(f"leave_one_out needs groups of at least 2 rows, got {group_size}")
     groups = returns.unflatten(0, (-1, group_size))
-    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    first = groups[:, :1]
+    shifted = groups - first  # so that equal returns have a baseline equal to the bit, and advantages of exactly 0
+    others = first + (shifted.sum(1, keepdim=True) - shifted) / (group_size - 1)
     return others.flatten(0, 1)
 
 
