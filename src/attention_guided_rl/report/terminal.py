@@ -23,7 +23,9 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         style = "bold" if name.startswith("trained") else None
         table.add_row(name, f"{arm['mean']:.3f}", f"{arm['low']:.3f} … {arm['high']:.3f}", subjects, style=style)
     console.print(table)
-    contrasts = Table(title=f"Paired differences over {summary['resampled']}s", title_justify="left")
+    contrasts = Table(
+        title=f"Paired differences; the unit of resampling is the {summary['resampled']}", title_justify="left"
+    )
     for column in ("contrast", "mean", "interval", "p (Holm)", "verdict"):
         contrasts.add_column(column, justify="left" if column in ("contrast", "verdict") else "right")
     for name, c in summary["contrasts"].items():
@@ -44,9 +46,12 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
 
 
 def _verdict(contrast: Mapping[str, float]) -> str:
-    if contrast["low"] > 0:
+    """Name a direction only if the interval excludes 0 and the adjusted p is below 0.05 (few units bootstrap badly)."""
+    if contrast["p_holm"] < 0.05 and contrast["low"] > 0:
         return "better"
-    return "worse" if contrast["high"] < 0 else "no difference shown"
+    if contrast["p_holm"] < 0.05 and contrast["high"] < 0:
+        return "worse"
+    return "no difference shown"
 
 
 def print_trajectory(console: Console, session: Session, paid: PaidRows, pool: PairPool, row: int = 0) -> None:
