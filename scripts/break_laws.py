@@ -44,7 +44,7 @@ def mistake(name: str, tests: str, *edits: tuple[str, str, str]) -> Mutation:
 
 
 MUTATIONS = (
-    # those that the project's issue asks for
+    # mistakes that earlier attempts at the method made, or nearly
     mistake(
         "shift off by one", "law_01",
         ("model.py", "states[:, positions.to(states.device) - 1]", "states[:, positions.to(states.device)]"),

@@ -90,7 +90,8 @@ def advantage_baseline(
     if config.advantage_baseline == "none":
         return torch.zeros_like(returns)
     if not state.returns:
-        return returns.mean(0, keepdim=True).expand_as(returns)
+        first = returns[:1]
+        return (first + (returns - first).mean(0, keepdim=True)).expand_as(returns)
     return returns.new_tensor([moments.mean for moments in state.returns]).expand_as(returns)
 
 

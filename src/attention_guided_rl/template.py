@@ -68,16 +68,21 @@ def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 def _plain_template(tokenizer: Any, config: TemplateConfig) -> Template:
     bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-    if not config.query_prefix or not config.value_prefix:
-        raise ConfigError(
-            "template.query_prefix and template.value_prefix must not be empty: slots need a token before"
+    return _checked(
+        Template(
+            prompt=bos + _encode(tokenizer, config.prompt),
+            before_query=_encode(tokenizer, config.query_prefix),
+            before_value=_encode(tokenizer, config.value_prefix),
+            prompt_text=config.prompt + config.query_prefix,
         )
-    return Template(
-        prompt=bos + _encode(tokenizer, config.prompt),
-        before_query=_encode(tokenizer, config.query_prefix),
-        before_value=_encode(tokenizer, config.value_prefix),
-        prompt_text=config.prompt + config.query_prefix,
     )
+
+
+def _checked(template: Template) -> Template:
+    """Refuse a template whose slots have no token of their own step before them: padding would predict their first."""
+    if not template.before_query or not template.before_value:
+        raise ConfigError("template.query_prefix and template.value_prefix must each be at least one token")
+    return template
 
 
 def _chat_template(tokenizer: Any, config: TemplateConfig) -> Template:
@@ -100,11 +105,13 @@ def _chat_template(tokenizer: Any, config: TemplateConfig) -> Template:
             "template.kind: this chat template renders the same turn differently from step to step; "
             "set template.kind: plain"
         )
-    return Template(
-        prompt=_encode(tokenizer, start.removesuffix(before_queries[0])),
-        before_query=_encode(tokenizer, before_queries[0]),
-        before_value=_encode(tokenizer, before_values[0]),
-        prompt_text=start,
+    return _checked(
+        Template(
+            prompt=_encode(tokenizer, start.removesuffix(before_queries[0])),
+            before_query=_encode(tokenizer, before_queries[0]),
+            before_value=_encode(tokenizer, before_values[0]),
+            prompt_text=start,
+        )
     )
 
 

@@ -34,7 +34,6 @@ class RunLogs:
     def __init__(self, run: Path, config: LogConfig, lengths: Mapping[str, int] | None = None) -> None:
         """Open the logs; with `lengths`, cut them back to a checkpoint first."""
         self._files: dict[str, TextIO] = {}
-        self._written_pairs: set[str] = set()
         try:
             for name in LOGS:
                 path = run / name
@@ -42,6 +41,8 @@ class RunLogs:
                 if lengths is not None:
                     os.truncate(path, lengths[name])
                 self._files[name] = path.open("a", encoding="utf-8")
+            with (run / "pairs.jsonl").open(encoding="utf-8") as file:
+                self._written_pairs = {json.loads(line)["pair"] for line in file}
         except OSError as error:
             raise StorageError(f"{run}: cannot write the logs: {error.strerror}") from error
         self._tensorboard = _tensorboard_writer(run) if config.tensorboard else None

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -160,11 +160,13 @@ def whole_pool(cuts: Sequence[CutArticle], config: PairsConfig) -> PairPool:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a stream stands: the next article is number `offset` of pass `epoch`; `pools` have been drawn so far."""
+    """Where a stream stands: the next article is number `offset` of pass `epoch`; `drawn` articles have been used."""
 
     epoch: int = 0
     offset: int = 0
     drawn: int = 0
+    skipped: int = 0
+    """Articles skipped so far because they have too few pairs."""
     last_article: str = ""
     """Digest of the last article drawn: on resume it must be found there again."""
 
@@ -179,11 +181,14 @@ class PoolStream:
         self._seed, self._purpose = seed, purpose
         self._cut = functools.lru_cache(maxsize=256)(lambda article: cut_article(article, encode, config))
         self.position = Position()
-        self.num_skipped = 0
-        """Articles skipped since this object was made because they have too few pairs."""
         self._articles = corpus.articles(0, 0)
         self._usable_in_pass = 0
         self._skipped_in_a_row = 0
+
+    @property
+    def num_skipped(self) -> int:
+        """Articles skipped so far, those before a resume included."""
+        return self.position.skipped
 
     def resume(self, position: Position) -> None:
         """Go on from a saved position.
@@ -221,13 +226,17 @@ class PoolStream:
             cut = self._cut(article)
             usable = len(cut.pairs) >= needed
             drawn = self.position.drawn
-            last = cut.digest
-            self.position = Position(epoch, offset + 1, drawn + usable, last if usable else self.position.last_article)
+            self.position = Position(
+                epoch=epoch,
+                offset=offset + 1,
+                drawn=drawn + usable,
+                skipped=self.position.skipped + (not usable),
+                last_article=cut.digest if usable else self.position.last_article,
+            )
             if usable:
                 self._usable_in_pass += 1
                 self._skipped_in_a_row = 0
                 return _draw(cut, self._config.num_pairs, self._num_probes, self._rng(drawn))
-            self.num_skipped += 1
             self._skipped_in_a_row += 1
             if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:  # an endless corpus has no pass to end
                 raise self._nothing_usable(needed)
@@ -244,8 +253,8 @@ class PoolStream:
         )
 
     def _end_pass(self, needed: int) -> None:
-        if self._usable_in_pass == 0 and self.position.offset == self.num_skipped:
+        if self._usable_in_pass == 0 and self.position.offset == self._skipped_in_a_row:
             raise self._nothing_usable(needed)
         self._usable_in_pass = 0
-        self.position = Position(self.position.epoch + 1, 0, self.position.drawn, self.position.last_article)
+        self.position = replace(self.position, epoch=self.position.epoch + 1, offset=0)
         self._articles = self._corpus.articles(self.position.epoch, 0)
