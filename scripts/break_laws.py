@@ -100,7 +100,7 @@ MUTATIONS = (
     ),
     mistake(
         "mean of micro-batch means", "law_09",
-        ("trainer.py", "num_query_tokens=denominator,",
+        ("update.py", "num_query_tokens=denominator,",
          "num_query_tokens=len(index) * rows.num_steps * rows.layout.query_len"
          " * len(keep.split(config.training.micro_batch_rows or rows.num_rows)),"),
     ),
@@ -201,7 +201,7 @@ MUTATIONS = (
     ),
     mistake(
         "step for the KL alone when there is nothing to learn", "law_09",
-        ("trainer.py", "if not bool((kept_advantages != 0).any()):", "if kept_advantages.numel() == 0:"),
+        ("update.py", "if not bool((kept_advantages != 0).any()):", "if kept_advantages.numel() == 0:"),
     ),
     mistake(
         "stream starts over after a resume", "law_10 and interrupted",
@@ -213,7 +213,7 @@ MUTATIONS = (
     ),
     mistake(
         "dropout not reseeded", "law_10 and interrupted",
-        ("trainer.py",
+        ("update.py",
          "torch.manual_seed(_dropout_seed(config.training.seed, update, processes.rank, number))", "pass"),
     ),
     mistake(
@@ -223,11 +223,11 @@ MUTATIONS = (
     ),
     mistake(
         "advantages of the process's own rows only", "law_10 and two_processes",
-        ("trainer.py", "start = processes.rank * rows.num_rows\n", "start = 0\n"),
+        ("update.py", "start = processes.rank * rows.num_rows\n", "start = 0\n"),
     ),
     mistake(
         "a field that nothing reads", "law_13",
-        ("trainer.py", "weight_decay=config.weight_decay", "weight_decay=0.0"),
+        ("update.py", "weight_decay=config.weight_decay", "weight_decay=0.0"),
     ),
 )  # fmt: skip
 

@@ -12,7 +12,16 @@ from attention_guided_rl.distributed import Processes
 from attention_guided_rl.evaluation import evaluation_records, run_arms, summarise, with_key_text
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.randomness import Purpose
-from attention_guided_rl.records import PADDING, QUERY, TEMPLATE, VALUE, PairPool, TrajectoryBatch, has_padding
+from attention_guided_rl.records import (
+    PADDING,
+    QUERY,
+    TEMPLATE,
+    VALUE,
+    Continuations,
+    PairPool,
+    TrajectoryBatch,
+    has_padding,
+)
 from attention_guided_rl.session import Session
 
 # -- the summary, on records typed by hand -----------------------------------------------------------------------------
@@ -319,7 +328,9 @@ def test_branches_off_a_cache_score_as_full_forwards_do(make_model, shape):
     cache = model.new_cache()
     with torch.no_grad():
         model.extend(cache, ids, role)
-        got = model.branch_logprobs(cache, role, branches, mask, prefix_len, 3)
+        got = model.branch_logprobs(
+            cache, role, Continuations(ids=branches, mask=mask, prefix_len=torch.as_tensor(prefix_len), num_scored=3)
+        )
         for b in range(2):
             for c in range(3):
                 real = role[b, : prefix_len[c]] != PADDING
@@ -340,7 +351,10 @@ def test_branching_leaves_the_cache_as_it_was(make_model):
         for cache in (touched, untouched):
             model.extend(cache, ids, role)
         branches = tensor([[[4, 5, 6], [6, 5, 4]]])
-        model.branch_logprobs(touched, role, branches, torch.ones_like(branches, dtype=torch.bool), tensor([4, 4]), 2)
+        continuations = Continuations(
+            ids=branches, mask=torch.ones_like(branches, dtype=torch.bool), prefix_len=tensor([4, 4]), num_scored=2
+        )
+        model.branch_logprobs(touched, role, continuations)
         assert torch.equal(model.extend(touched, more, longer), model.extend(untouched, more, longer))
 
 

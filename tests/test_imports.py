@@ -20,6 +20,7 @@ LAYERS = [
     ["embedders.attention", "embedders.hashing", "data", "objective", "scorer", "rollouts"],
     ["embedders", "data.pairs"],
     ["session", "checkpoint"],
+    ["update"],
     ["trainer", "evaluation", "report.terminal"],
     ["ordering", "headroom", "runs"],
     ["cli"],

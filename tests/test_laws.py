@@ -53,6 +53,7 @@ from attention_guided_rl.records import (
     VALUE,
     Advantages,
     Article,
+    Continuations,
     PairPool,
     PairText,
     UpdateBatch,
@@ -70,7 +71,7 @@ from attention_guided_rl.rollouts import rollout
 from attention_guided_rl.scorer import SCORERS, reference_scorer
 from attention_guided_rl.selection import head_scores, sample, selection_logprobs
 from attention_guided_rl.template import Template, assemble, build_template
-from attention_guided_rl.trainer import apply_update, make_optimizer
+from attention_guided_rl.update import apply_update, make_optimizer
 
 SHAPES = ("llama", "qwen3", "gpt2")
 each_shape = pytest.mark.parametrize("shape", SHAPES)
@@ -204,7 +205,11 @@ def test_law_01_branches_equal_whole_rows(make_session, shaken, shape):
         model.extend(cache, rows.ids[:, :cut], rows.role[:, :cut])
         prefix = tensor([cut, layout.prompt_len + layout.step_len])
         for _ in range(2):  # the second call finds the cache as the first did
-            ours = scorer.branch(cache, rows.role[:, :cut], continuations, roles != PADDING, prefix, 4)
+            ours = scorer.branch(
+                cache,
+                rows.role[:, :cut],
+                Continuations(ids=continuations, mask=roles != PADDING, prefix_len=prefix, num_scored=4),
+            )
         for b, c in itertools.product((0, 5), range(2)):
             kept = int(prefix[c])
             ids = torch.cat([rows.ids[b, :kept], continuations[b, c]])

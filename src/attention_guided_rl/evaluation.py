@@ -18,7 +18,17 @@ from attention_guided_rl.config import CorpusConfig
 from attention_guided_rl.data.encyclopedia import planted_pick
 from attention_guided_rl.environment import Picker, ReadingEnvironment, sampled_pick
 from attention_guided_rl.randomness import Purpose, generator
-from attention_guided_rl.records import PADDING, PROMPT, QUERY, TEMPLATE, VALUE, PairPool, TrajectoryBatch, slot
+from attention_guided_rl.records import (
+    PADDING,
+    PROMPT,
+    QUERY,
+    TEMPLATE,
+    VALUE,
+    Continuations,
+    PairPool,
+    TrajectoryBatch,
+    slot,
+)
 from attention_guided_rl.selection import sample
 from attention_guided_rl.session import PaidRows, Session
 from attention_guided_rl.statistics import bootstrap_mean, holm, sign_flip_p, smallest_detectable
@@ -204,11 +214,13 @@ def oracle_rows(session: Session, pool: PairPool, prior: Tensor) -> TrajectoryBa
         model.extend(cache, prompt, role_so_far)
         for _ in range(session.num_steps):
             candidates = unread.nonzero()[:, 1].view(num_articles, -1)  # every row has equally many
-            cached = torch.full((candidates.shape[1],), role_so_far.shape[1])
-            logprobs = session.reference_scorer.branch(
-                cache, role_so_far, slot(branches, candidates), slot(role, candidates) != PADDING, cached,
-                pool.value_ids.shape[-1],
-            )  # fmt: skip
+            continuations = Continuations(
+                ids=slot(branches, candidates),
+                mask=slot(role, candidates) != PADDING,
+                prefix_len=torch.full((candidates.shape[1],), role_so_far.shape[1]),
+                num_scored=pool.value_ids.shape[-1],
+            )
+            logprobs = session.reference_scorer.branch(cache, role_so_far, continuations)
             rewards = session.reward(candidates, logprobs, pool, prior).rewards
             pick = candidates.gather(1, rewards.argmax(-1, keepdim=True))
             unread.scatter_(1, pick, False)

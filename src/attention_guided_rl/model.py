@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from attention_guided_rl.records import PADDING, position_ids
+from attention_guided_rl.records import PADDING, Continuations, position_ids
 
 _HEAD_CHUNK = 2**26  # elements of (rows, positions, vocabulary) in float32 at once: 256 MiB
 
@@ -101,41 +101,35 @@ class LanguageModel:
         return DynamicCache(config=self.config)
 
     def branch_logprobs(
-        self,
-        cache: DynamicCache,
-        role_so_far: Int[Tensor, "B T"],
-        continuations: Int[Tensor, "B C M"],
-        mask: Bool[Tensor, "B C M"],
-        prefix_len: Int[Tensor, " C"],
-        num_scored: int,
+        self, cache: DynamicCache, role_so_far: Int[Tensor, "B T"], branches: Continuations
     ) -> Float[Tensor, "B C num_scored"]:
-        """Score the last tokens of C continuations, each following the first `prefix_len[c]` cached tokens.
+        """Score the last tokens of continuations that branch off a cache; the cache is left as it was.
 
-        All continuations of a row run in one forward: each attends to its prefix and to itself. The cache is left as
-        it was. 0 where `mask` is False.
+        All continuations of a row run in one forward: each attends to its prefix and to itself. 0 at padding.
         """
-        rows, num_branches, length = continuations.shape
-        device, cached = continuations.device, role_so_far.shape[1]
-        prefix = torch.arange(cached, device=device) < prefix_len.to(device)[:, None]  # (C, T)
+        ids, mask = branches.ids, branches.mask
+        rows, num_branches, length = ids.shape
+        device, cached = ids.device, role_so_far.shape[1]
+        prefix = torch.arange(cached, device=device) < branches.prefix_len.to(device)[:, None]  # (C, T)
         prefix = prefix & (role_so_far != PADDING)[:, None, :]  # (B, C, T)
-        real_prefix = prefix.sum(-1, keepdim=True)  # (B, C, 1)
-        place = real_prefix + (mask.long().cumsum(-1) - 1).clamp_min(0)
+        place = prefix.sum(-1, keepdim=True) + (mask.long().cumsum(-1) - 1).clamp_min(0)
         own = mask[:, :, None, :] & torch.ones(length, length, dtype=torch.bool, device=device).tril()
         same_branch = torch.eye(num_branches, dtype=torch.bool, device=device)
         among = (own[:, :, :, None, :] & same_branch[:, None, :, None]).flatten(3).flatten(1, 2)  # (B, C·M, C·M)
         allowed = torch.cat([prefix.repeat_interleave(length, 1), among], -1)
         additive = torch.zeros_like(allowed, dtype=self._dtype).masked_fill(~allowed, torch.finfo(self._dtype).min)
         states = self._active.base_model(
-            input_ids=continuations.flatten(1),
+            input_ids=ids.flatten(1),
             attention_mask=additive[:, None],
             position_ids=place.flatten(1),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
         cache.crop(-num_branches * length)
-        states = states.view(rows, num_branches, length, -1)[:, :, -num_scored - 1 : -1]
-        logprobs = self._gather_logprobs(states.flatten(0, 1), continuations[:, :, -num_scored:].flatten(0, 1))
-        return torch.where(mask[:, :, -num_scored:], logprobs.view(rows, num_branches, num_scored), 0.0)
+        scored = branches.num_scored
+        states = states.view(rows, num_branches, length, -1)[:, :, -scored - 1 : -1]
+        logprobs = self._gather_logprobs(states.flatten(0, 1), ids[:, :, -scored:].flatten(0, 1))
+        return torch.where(mask[:, :, -scored:], logprobs.view(rows, num_branches, scored), 0.0)
 
     def token_logprobs(
         self, ids: Int[Tensor, "B T"], role: Int[Tensor, "B T"], positions: Int[Tensor, " M"]

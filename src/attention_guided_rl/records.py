@@ -199,6 +199,17 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Continuations:
+    """C pieces of text a row might go on with, each after the first `prefix_len` tokens of what is cached."""
+
+    ids: Int[Tensor, "B C M"]
+    mask: Bool[Tensor, "B C M"]
+    prefix_len: Int[Tensor, " C"]
+    num_scored: int
+    """How many tokens at the end are scored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rewards:
     """Nats per value token. `rewards = raw − baseline`; `baseline` is part of the reward, not of the advantage."""
 

@@ -11,12 +11,21 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
 from attention_guided_rl.model import LanguageModel
-from attention_guided_rl.records import PADDING, PROMPT, TEMPLATE, VALUE, PairPool, Scores, TrajectoryBatch
+from attention_guided_rl.records import (
+    PADDING,
+    PROMPT,
+    TEMPLATE,
+    VALUE,
+    Continuations,
+    PairPool,
+    Scores,
+    TrajectoryBatch,
+)
 from attention_guided_rl.template import Template
 
 
@@ -38,13 +47,7 @@ class Scorer(Protocol):
         ...
 
     def branch(
-        self,
-        cache: DynamicCache,
-        role_so_far: Int[Tensor, "B T"],
-        continuations: Int[Tensor, "B C M"],
-        mask: Bool[Tensor, "B C M"],
-        prefix_len: Int[Tensor, " C"],
-        num_scored: int,
+        self, cache: DynamicCache, role_so_far: Int[Tensor, "B T"], branches: Continuations
     ) -> Float[Tensor, "B C num_scored"]:
         """Score the last tokens of continuations that branch off a cache of this scorer."""
         ...
@@ -99,17 +102,11 @@ class ModelScorer:
 
     @torch.no_grad()
     def branch(
-        self,
-        cache: DynamicCache,
-        role_so_far: Int[Tensor, "B T"],
-        continuations: Int[Tensor, "B C M"],
-        mask: Bool[Tensor, "B C M"],
-        prefix_len: Int[Tensor, " C"],
-        num_scored: int,
+        self, cache: DynamicCache, role_so_far: Int[Tensor, "B T"], branches: Continuations
     ) -> Float[Tensor, "B C num_scored"]:
         """Run all continuations of a row in one forward."""
         with self.weights():
-            return self.model.branch_logprobs(cache, role_so_far, continuations, mask, prefix_len, num_scored)
+            return self.model.branch_logprobs(cache, role_so_far, branches)
 
 
 def reference_scorer(model: LanguageModel, micro_batch_rows: int | None = None) -> ModelScorer:

@@ -1,0 +1,120 @@
+"""Update: from the advantages of a batch of rollouts to one optimiser step.
+
+In: this process's paid rows and the advantages of all rows. Out: changed weights and an Outcome. A micro-batch
+contributes its sum over the number of query tokens kept in the whole update, over all processes; so the gradient does
+not depend on how rows are divided.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attention_guided_rl.config import OptimizerConfig
+from attention_guided_rl.randomness import Purpose, generator
+from attention_guided_rl.records import Advantages, UpdateBatch
+from attention_guided_rl.session import PaidRows, Session
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What happened to the weights in an update."""
+
+    metrics: dict[str, float]
+    stepped: bool
+    finite: bool
+
+
+def make_optimizer(session: Session, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Return AdamW over what is trained."""
+    return torch.optim.AdamW(
+        session.model.named_trainable().values(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
+
+
+def apply_update(
+    session: Session,
+    optimizer: torch.optim.Optimizer,
+    paid: PaidRows,
+    advantages: Advantages,
+    rewards: Tensor,
+    update: int,
+) -> Outcome:
+    """Accumulate the gradient of the kept rows over micro-batches and processes, and take one optimiser step.
+
+    No step, not even for the KL, when no row is kept or every kept advantage is exactly 0; none when a reward, the
+    loss or the gradient is not finite. `advantages` are of all rows, `paid` is of this process's.
+    """
+    config, processes = session.config, session.processes
+    learning_rate = _learning_rate(config.optimizer, update)
+    metrics = {"optimizer/learning_rate": learning_rate, "loss/total": 0.0, "loss/policy": 0.0, "loss/kl": 0.0}
+    kept_advantages = advantages.advantages[advantages.keep]
+    if not bool(torch.isfinite(rewards).all()):
+        return Outcome(metrics, stepped=False, finite=False)
+    if not bool((kept_advantages != 0).any()):
+        return Outcome(metrics, stepped=False, finite=True)
+
+    rows = paid.rows
+    start = processes.rank * rows.num_rows
+    mine = slice(start, start + rows.num_rows)
+    keep = advantages.keep[mine].nonzero()[:, 0].to(rows.ids.device)
+    denominator = int(advantages.keep.sum()) * rows.num_steps * rows.layout.query_len
+    reference_hidden = session.reference_hidden(paid)
+    own_advantages = advantages.advantages[mine].to(rows.ids.device)
+    sums: dict[str, Tensor] = {}
+    optimizer.zero_grad()
+    for number, index in enumerate(keep.split(config.training.micro_batch_rows or max(1, rows.num_rows))):
+        if len(index) == 0:
+            continue
+        batch = UpdateBatch(
+            rows=rows.select(index),
+            advantages=own_advantages[index],
+            reference_hidden=reference_hidden[index],
+            num_query_tokens=denominator,
+        )
+        torch.manual_seed(_dropout_seed(config.training.seed, update, processes.rank, number))
+        with session.model.adapter_dropout():
+            output = session.objective(session.model, batch, config.objective.kl, config.rollout.temperature)
+        output.loss.backward()
+        for name, value in {"loss/total": output.loss.detach(), **output.metrics}.items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value
+    return _step(session, optimizer, metrics, sums, learning_rate)
+
+
+def _step(
+    session: Session,
+    optimizer: torch.optim.Optimizer,
+    metrics: dict[str, float],
+    sums: dict[str, Tensor],
+    learning_rate: float,
+) -> Outcome:
+    """Add up gradients and metrics over the processes, guard, clip, step."""
+    parameters = list(session.model.named_trainable().values())
+    for parameter in parameters:
+        if parameter.grad is None:  # this process had no kept row
+            parameter.grad = torch.zeros_like(parameter)
+    names = ("loss/total", "loss/policy", "loss/kl", "policy/entropy", "policy/sampler_mismatch")
+    totals = torch.stack([sums.get(n, torch.zeros((), device=session.model.device)) for n in names])
+    session.processes.sum_([p.grad for p in parameters if p.grad is not None] + [totals])
+    norm = nn.utils.clip_grad_norm_(parameters, session.config.optimizer.max_grad_norm)
+    values = dict(zip(names, totals.tolist(), strict=True)) | {"optimizer/gradient_norm": float(norm)}
+    finite = all(math.isfinite(v) for v in values.values())
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    optimizer.zero_grad()
+    return Outcome(metrics | {k: v for k, v in values.items() if math.isfinite(v)}, stepped=finite, finite=finite)
+
+
+def _learning_rate(config: OptimizerConfig, update: int) -> float:
+    """Linear warm-up, then constant; the schedule advances with every update, stepped or not."""
+    return config.learning_rate * min(1.0, (update + 1) / max(1, config.warmup_updates))
+
+
+def _dropout_seed(seed: int, update: int, rank: int, micro_batch: int) -> int:
+    return int(generator(seed, Purpose.DROPOUT, update, rank, micro_batch).integers(2**62))
