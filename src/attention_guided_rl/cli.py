@@ -223,7 +223,14 @@ def _print_config_help(command: str) -> None:
     print(subparser.format_help())
     print("Configuration fields (defaults are those of the preset demo):\n")
     try:
-        tyro.cli(Config, args=["--help"], default=load_config(), prog=f"agrl {command}", description="")
+        tyro.cli(
+            Config,
+            args=["--help"],
+            default=load_config(),
+            prog=f"agrl {command}",
+            description="",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     except SystemExit:
         return
 
