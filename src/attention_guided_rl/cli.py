@@ -229,7 +229,7 @@ def _print_config_help(command: str) -> None:
             default=load_config(),
             prog=f"agrl {command}",
             description="",
-            config=(tyro.conf.AvoidSubcommands,),
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )
     except SystemExit:
         return
