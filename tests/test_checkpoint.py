@@ -26,6 +26,7 @@ from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.rl_agent import AgentState, RunningMoments
 
 STATE = RunState(
+    embedder="hashing/words/64/unit",
     update=2,
     temperature=0.1 + 0.2,  # not a short decimal
     agent=AgentState(
@@ -122,8 +123,8 @@ def test_state_weights_and_moments_come_back_bit_by_bit(make_model, tmp_path, op
 def test_a_state_before_the_first_update_comes_back(make_model, tmp_path):
     model = make_model("llama")
     optimizer = torch.optim.AdamW(model.named_trainable().values())
-    path = save_checkpoint(tmp_path, RunState(temperature=0.5), model, optimizer, {}, README)
-    assert load_checkpoint(path, model, optimizer) == RunState(temperature=0.5)
+    path = save_checkpoint(tmp_path, RunState(temperature=0.5, embedder="x"), model, optimizer, {}, README)
+    assert load_checkpoint(path, model, optimizer) == RunState(temperature=0.5, embedder="x")
     assert path == checkpoint_path(tmp_path, 0)
 
 

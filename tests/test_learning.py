@@ -1,8 +1,8 @@
 """Learning: a short run on the bundled model gets better at reading, and the same run paid at random does not (law 11).
 
 The demo, made small: 4 subjects × 3 pairs, 3 steps, 14 updates of 64 rows at a low learning rate. Three seeds gained
-0.23, 0.38 and 0.30 nats per value token; with shuffled rewards −0.07, 0.02 and −0.01, the drift of 14 random steps.
-The third is kept here; what is claimed of the method itself rests on the longer runs of docs/results.md.
+0.23, 0.38 and 0.30 nats per value token; with shuffled rewards −0.07, 0.02 and −0.01, the drift of 14 random steps, so
+the control is judged by its mean over the three. What is claimed of the method rests on the runs of docs/results.md.
 """
 
 import json
@@ -68,7 +68,14 @@ def test_a_short_run_learns_to_read(trained):
 
 
 def test_law_11_real_rewards_teach_and_shuffled_ones_do_not(trained, tmp_path):
-    control = run(tmp_path / "shuffled", {"training.shuffled_rewards": True, "evaluation.articles": 0})
-    real, shuffled = gain(trained), gain(control)
-    assert abs(shuffled) <= 0.05
-    assert real > 0.15
+    shuffled = [
+        gain(
+            run(
+                tmp_path / f"shuffled-{seed}",
+                {"training.shuffled_rewards": True, "training.seed": seed, "evaluation.articles": 0},
+            )
+        )
+        for seed in (0, 1, 2)
+    ]
+    assert abs(sum(shuffled) / 3) <= 0.05, shuffled
+    assert gain(trained) > 0.15

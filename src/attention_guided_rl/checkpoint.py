@@ -8,6 +8,7 @@ written last; everything is fsynced; a rename is the commit point. Random number
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from attention_guided_rl.errors import CheckpointError, StorageError
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.rl_agent import AgentState, RunningMoments
 
+logger = logging.getLogger(__name__)
 SCHEMA = 1
 
 
@@ -36,6 +38,8 @@ class RunState:
     """Updates done."""
     temperature: float
     """τ of the selection softmax."""
+    embedder: str
+    """Identity of the embedder that τ was calibrated for."""
     agent: AgentState = field(default_factory=AgentState)
     position: Position = field(default_factory=Position)
     empty_updates: int = 0
@@ -95,9 +99,12 @@ def latest_checkpoint(run: Path) -> Path:
     for path in found:
         try:
             verify(path)
-            return path
         except CheckpointError as error:
             problems.append(str(error))
+            continue
+        for problem in problems:
+            logger.warning("damaged checkpoint stepped over: %s", problem)
+        return path
     raise CheckpointError(f"{run}: no usable checkpoint" + (f" ({'; '.join(problems)})" if problems else ""))
 
 

@@ -54,7 +54,9 @@ def entry_point() -> None:
 
 def _dispatch(arguments: list[str]) -> int:
     parser = _parser()
+    fields, arguments = _split_fields(arguments)
     options, rest = parser.parse_known_args(arguments)
+    rest = [*fields, *rest]
     if options.command is None:
         parser.print_help()
         return 0
@@ -63,6 +65,18 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     overrides = parse_overrides(rest)
     return int(options.run_command(options, overrides))
+
+
+def _split_fields(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take `--section.field VALUE` out, so that no value is mistaken for a positional argument."""
+    fields, others, waiting = [], [], list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        if word.startswith("--") and "." in word.partition("=")[0]:
+            fields += [word] if "=" in word or not waiting else [word, waiting.pop(0)]
+        else:
+            others.append(word)
+    return fields, others
 
 
 def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
@@ -221,7 +235,10 @@ def _print_config_help(command: str) -> None:
 
     subparser = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[command]
     print(subparser.format_help())
-    print("Configuration fields (defaults are those of the preset demo):\n")
+    print(
+        "Configuration fields. Defaults shown are those of the preset demo, used without --preset and --config;\n"
+        "with --config alone, fields that it leaves out have the defaults of config.py (agrl config prints them).\n"
+    )
     try:
         tyro.cli(
             Config,

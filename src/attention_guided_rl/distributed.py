@@ -58,6 +58,11 @@ class Processes:
         """Concatenate every process's list, in rank order."""
         return objects if self.count == 1 else list(gather_object(objects))
 
+    def first_signal(self, received: list[int]) -> int | None:
+        """Return a signal number that any process has received, the same on all: all stop after the same update."""
+        number = torch.tensor([received[0] if received else 0], device=self.device)
+        return int(self.gather_rows(number).max()) or None
+
     def broadcast(self, value: Any) -> Any:
         """Return the main process's value everywhere."""
         if self.count == 1:

@@ -1,8 +1,8 @@
 """Evaluation: does the learned reading beat simple ones? Every arm on the same articles, pools and random numbers.
 
-An arm is *who picks* × *what text stands in the query slot*, `picker/text`. In: a session with a trained policy and
-held-out articles. Out: one record per arm and article, and a summary with paired intervals over articles. The scorer
-is the frozen reference, whatever training used.
+An arm `picker/text` combines a way to choose pairs with the text that stands in the query slots. In: a session with a
+trained policy, and held-out articles. Out: one record per arm and article, and a summary with paired intervals over
+articles. The scorer is the frozen reference, whatever training used.
 """
 
 import math
@@ -105,7 +105,7 @@ def _rollout_arm(
         "easy_to_hard": _easy_to_hard(prior),
         "nearest_key": _nearest_key_pick,
         "planted": _planted(pool.subject, variant),
-        "planted_shuffled": _planted(_shuffle_labels(pool.subject), variant),
+        "planted_shuffled": _planted(_shuffle_labels(pool), variant),
     }
     with session.model.reference():
         return session.rollout(pool, numbers, pickers[name])
@@ -154,11 +154,11 @@ def _planted(subject: Int[Tensor, "A N"], variant: str) -> Picker:
     return pick
 
 
-def _shuffle_labels(subject: Int[Tensor, "A N"]) -> Int[Tensor, "A N"]:
-    """Permute the subject labels within each article: the planted rule's control."""
+def _shuffle_labels(pool: PairPool) -> Int[Tensor, "A N"]:
+    """Permute the subject labels within each article, by its own seed: the control."""
     rows = [
-        labels[torch.from_numpy(generator(0, Purpose.CONTROL, 0, a).permutation(len(labels))).to(labels.device)]
-        for a, labels in enumerate(subject)
+        labels[torch.from_numpy(generator(0, Purpose.CONTROL, int(ids[0][:8], 16)).permutation(len(labels)))]
+        for labels, ids in zip(pool.subject, pool.pair_ids, strict=True)
     ]
     return torch.stack(rows)
 

@@ -1,7 +1,7 @@
 """Headroom: what there is to win on this corpus and model before any training, with own-key text in every arm.
 
-By the chain rule a coherent predictor gives all orders of the same values the same total, so what an order can win is
-measured, not assumed. Beside the corpus's planted rule stands the same rule on shuffled labels, which can win nothing.
+A reader who updates its beliefs coherently is indifferent to the order in which it hears the same things, so whether a
+model gains from order is a question for measurement. The planted rule has a control: itself, on shuffled labels.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attention_guided_rl.config import CorpusConfig
+from attention_guided_rl.errors import ConfigError
 from attention_guided_rl.evaluation import evaluation_records, run_arms, unit_contrast
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.session import Session
@@ -25,6 +26,8 @@ def measure_headroom(session: Session) -> dict[str, dict[str, Any]]:
     Values are paired differences to `random/key` in nats per value token.
     """
     config = session.config
+    if config.evaluation.articles < 1:
+        raise ConfigError("evaluation.articles must be at least 1 to measure headroom")
     corpus: CorpusConfig = config.evaluation.corpus or config.corpus
     records: list[dict[str, Any]] = []
     pickers = [*PICKERS, *(["oracle"] if config.evaluation.oracle else [])]
@@ -33,7 +36,7 @@ def measure_headroom(session: Session) -> dict[str, dict[str, Any]]:
     arms = [arm for arm in dict.fromkeys(r["arm"] for r in records) if arm.endswith("/key") or arm == "oracle"]
     contrasts = {arm: unit_contrast(records, arm, "random/key") for arm in arms if arm != "random/key"}
     pool = session.stream(corpus, num_probes=config.evaluation.num_probes, purpose=Purpose.EVALUATION_POOL).next_pool(8)
-    _print(make_console(), contrasts, session.steerability(pool.to(session.model.device)), corpus)
+    _print(make_console(), contrasts, float(session.steerability(pool.to(session.model.device)).mean()), corpus)
     return contrasts
 
 

@@ -32,7 +32,7 @@ from attention_guided_rl.model import LanguageModel
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-lm"
 
 
-def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, min_positions: int = 0) -> LanguageModel:
+def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0) -> LanguageModel:
     """Load model and tokenizer and prepare the adapter or the frozen copy.
 
     Raises:
@@ -50,7 +50,8 @@ def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, min_
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise ConfigError(f"model.name: cannot load {config.name!r}: {_one_line(error)}") from error
-    _check_positions(causal_lm, min_positions, config.name)
+    if len(tokenizer) > causal_lm.config.get_text_config().vocab_size:
+        raise ConfigError(f"model.name: the tokenizer of {config.name!r} has more tokens than the model")
     bad = [name for name, p in causal_lm.named_parameters() if not torch.isfinite(p).all()]
     if bad:
         raise NumericError(f"model.name: {config.name!r} has non-finite weights, first in {bad[0]}")
@@ -63,7 +64,7 @@ def prepare(causal_lm: Any, tokenizer: Any, config: ModelConfig, *, seed: int = 
     if config.adapter == "full":
         frozen_copy = copy.deepcopy(causal_lm)
         causal_lm.requires_grad_(True)
-        model = LanguageModel(causal_lm, tokenizer, frozen_copy=frozen_copy)
+        model = LanguageModel(causal_lm, tokenizer, name=config.name, frozen_copy=frozen_copy)
     else:
         lora = LoraConfig(
             r=config.lora_rank,
@@ -76,7 +77,7 @@ def prepare(causal_lm: Any, tokenizer: Any, config: ModelConfig, *, seed: int = 
             torch.manual_seed(seed)
             peft_model = get_peft_model(causal_lm, lora)
         peft_model.eval()
-        model = LanguageModel(causal_lm, tokenizer, peft_model=peft_model)
+        model = LanguageModel(causal_lm, tokenizer, name=config.name, peft_model=peft_model)
     _check_head(model, causal_lm)
     return model
 
@@ -155,12 +156,6 @@ def _hub_config(config: ModelConfig) -> Path:
         raise RemoteError(f"model.name: the hub answered {status} for {name!r}") from None
     except OSError:
         raise RemoteError(f"model.name: {name!r} is not a folder, and the hub cannot be reached") from None
-
-
-def _check_positions(causal_lm: Any, needed: int, name: str) -> None:
-    available = causal_lm.config.get_text_config().max_position_embeddings
-    if needed > available:
-        raise ConfigError(f"rows of {needed} tokens do not fit {name!r}, which reads at most {available}")
 
 
 def _check_head(model: LanguageModel, causal_lm: Any) -> None:

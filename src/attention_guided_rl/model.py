@@ -6,7 +6,9 @@ logits. Inside `with model.reference():` everything is computed by the reference
 """
 
 import contextlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from attention_guided_rl.records import PADDING, Continuations, position_ids
+from attention_guided_rl.records import PADDING, Continuations, has_padding, position_ids
 
 _HEAD_CHUNK = 2**26  # elements of (rows, positions, vocabulary) in float32 at once: 256 MiB
 
@@ -24,9 +26,11 @@ _HEAD_CHUNK = 2**26  # elements of (rows, positions, vocabulary) in float32 at o
 class LanguageModel:
     """A causal LM of transformers with two sets of weights, policy and reference."""
 
-    def __init__(self, causal_lm: Any, tokenizer: Any, *, peft_model: Any = None, frozen_copy: Any = None) -> None:
+    def __init__(
+        self, causal_lm: Any, tokenizer: Any, *, name: str, peft_model: Any = None, frozen_copy: Any = None
+    ) -> None:
         """Wrap a model; `loading.load_model` makes it. Exactly one of `peft_model` and `frozen_copy` is given."""
-        self.tokenizer = tokenizer
+        self.tokenizer, self.name = tokenizer, name
         self.config = causal_lm.config.get_text_config()
         self.peft_model = peft_model
         self._policy, self._frozen_copy = causal_lm, frozen_copy
@@ -69,6 +73,9 @@ class LanguageModel:
         """Write the adapter (loadable by `PeftModel.from_pretrained`) or the whole model as safetensors."""
         target = self._policy if self.peft_model is None else self.peft_model
         target.save_pretrained(folder, safe_serialization=True)
+        if self.peft_model is not None:  # the base by the name that was asked for, not by where it lies on this machine
+            path = Path(folder) / "adapter_config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": self.name}, indent=1))
 
     def load(self, folder: str) -> None:
         """Put weights written by `save` into the policy; the reference is untouched."""
@@ -184,10 +191,9 @@ class LanguageModel:
 
     def _body(self, ids: Tensor, role: Tensor, cache: DynamicCache | None) -> Tensor:
         """Run the transformer without its output head; `role` covers cached tokens too."""
-        padded = bool((role == PADDING).any())
         states = self._active.base_model(
             input_ids=ids,
-            attention_mask=(role != PADDING).long() if padded else None,
+            attention_mask=(role != PADDING).long() if has_padding(role) else None,
             position_ids=position_ids(role)[:, -ids.shape[1] :],
             past_key_values=cache,
             use_cache=cache is not None,
@@ -213,7 +219,7 @@ class LanguageModel:
     def _query_vocabulary(self) -> Bool[Tensor, " V"]:
         """True at ids a query may contain: real tokens that are not control tokens."""
         allowed = torch.arange(self.config.vocab_size) < len(self.tokenizer)
-        special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
+        special = [i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special and i < len(allowed)]
         allowed[special] = False
         return allowed.to(self.device)
 

@@ -4,8 +4,8 @@ In: UpdateBatch. Out: LossOutput, the micro-batch's share of
 
     L = (1/M) Σ_{kept rows} Σ_t Σ_i [ −A_t log π_θ(q_{t,i} | c_t, q_{t,<i}) + β KL_{t,i} ]
 
-There is no log-probability of a prompt, template or value token in it. One optimiser step per batch of rollouts, so
-no importance ratio. `OBJECTIVES` is the table; `package.module:name` in the configuration works too.
+Only query tokens appear in it. Rollouts are used for a single step, so sampler and learner are the same policy and no
+ratio corrects for a difference. `OBJECTIVES` is the table; `package.module:name` in the configuration works too.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Reward: how well the scorer predicts the values of a trajectory.
+"""Reward: what a trajectory is paid, from how well its values were predicted.
 
 In: trajectories, their scores, the pool. Out: Rewards (B, S), nats per value token: every sum of log-probabilities is
 divided by L̄, the pool's mean value length, so that with unequal lengths no order is paid for reading long values first.

@@ -59,6 +59,7 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
         AgrlError: of the kind that fits; a run folder that had been started can be resumed.
     """
     processes = Processes(config.training.device)
+    folder = processes.broadcast(folder)  # a default name has the time of one clock
     if not resume and folder.exists():
         raise RunInUseError(f"{folder} exists; choose another name with --run, or add --resume to go on with it")
     if resume:
@@ -71,11 +72,12 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
             _create(folder, session)
         processes.wait()
     with _lock(folder) if processes.is_main else contextlib.nullcontext():
+        if resume and processes.is_main:
+            write_text(folder / "config.yaml", config_to_yaml(config))  # what may change, say the number of updates
         trained = train_session(session, folder, resume=resume)
         summary = None
         if trained.interrupted_by is None and processes.is_main and config.evaluation.articles > 0:
             summary = _evaluate(session, folder, trained.state.update, console)
-        processes.wait()
     return RunResult(folder, trained, summary)
 
 
@@ -185,11 +187,11 @@ def _prepare(session: Session, console: Console) -> None:
     config, reached = session.config, True
     if session.temperature is None:
         reached = session.calibrate(config.corpus)
-    pool = session.stream(config.corpus, num_probes=0, purpose=Purpose.POOL).next_pool(1).to(session.model.device)
+    pool = session.stream(config.corpus, num_probes=0, purpose=Purpose.POOL).next_pool(8).to(session.model.device)
     if config.evaluation.articles:
         corpus = config.evaluation.corpus or config.corpus
         session.stream(corpus, num_probes=config.evaluation.num_probes, purpose=Purpose.EVALUATION_POOL).next_pool(1)
-    steerability = session.steerability(pool)
+    steerability = float(session.steerability(pool).mean())
     rollout = config.rollout
     layout = session.template.layout(session.num_steps, rollout.query_tokens, config.pairs.value_tokens)
     console.print(
@@ -270,7 +272,7 @@ def _evaluate(session: Session, folder: Path, update: int, console: Console) -> 
             records += evaluation_records(session, batch, update)
             _log_evaluation(session, logs, batch, update)
     logs.close()
-    summary = summarise(records, held_out=config.evaluation.corpus is not None)
+    summary = summarise(records, held_out=config.evaluation.corpus not in (None, config.corpus))
     write_text(folder / "evaluation.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
     write_text(folder / "evaluation.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -280,9 +282,9 @@ def _evaluate(session: Session, folder: Path, update: int, console: Console) -> 
 
 
 def _log_evaluation(session: Session, logs: RunLogs, batch: EvaluationBatch, update: int) -> None:
-    """Log the trajectories with the model's own picks; the others follow from evaluation.jsonl and pairs.jsonl."""
+    """Log the trajectories with text that a model wrote; own-key ones follow from evaluation.jsonl and pairs.jsonl."""
     for result in batch.results:
-        if result.arm not in ("trained", "untrained"):
+        if result.arm == "oracle" or result.arm.endswith("/key"):
             continue
         labels = {"phase": "evaluation", "arm": result.arm, "update": update, "scorer": "reference"}
         logs.write(
@@ -293,3 +295,4 @@ def _log_evaluation(session: Session, logs: RunLogs, batch: EvaluationBatch, upd
             ),
         )  # fmt: skip
     logs.pairs(pair_records(batch.pool, batch.prior, session.model))
+    logs.attribute(batch.pool.articles)

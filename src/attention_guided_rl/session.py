@@ -31,6 +31,7 @@ from attention_guided_rl.rollouts import rollout
 from attention_guided_rl.scorer import SCORERS, Scorer, reference_scorer
 from attention_guided_rl.selection import calibrate_temperature, head_scores, query_information, selection_logprobs
 from attention_guided_rl.template import Template, build_template
+from attention_guided_rl.tracking import require_tensorboard
 
 
 def resolve(table: Mapping[str, Any], name: str, key: str) -> Any:
@@ -78,6 +79,8 @@ class Session:
         for corpus in corpora:
             resolve(CORPORA, corpus.kind, "corpus.kind")
         processes.share(config.rollout.articles)
+        if config.log.tensorboard:
+            require_tensorboard()
         available = max_positions(config.model)
         context = config.rollout.context_tokens or available
         if context > available:
@@ -173,15 +176,15 @@ class Session:
         self.temperature, reached = calibrate_temperature(scores, selection.target_entropy, selection.heads)
         return reached
 
-    def steerability(self, pool: PairPool) -> float:
+    def steerability(self, pool: PairPool) -> Float[Tensor, " A"]:
         """Mean KL(σ(·|q) ‖ mean_q σ) in nats with the pool's own keys as queries: a property of embedder and τ."""
         assert self.temperature is not None
         keys = embed_pool_keys(self.embedder, pool)
-        nats = []
+        nats: list[Tensor] = []
         for a in range(pool.num_articles):
             queries = self.embedder.embed_queries(pool.key_ids[a], pool.key_mask[a])
             unread = torch.ones(pool.num_pairs, pool.num_pairs, dtype=torch.bool, device=queries.device)
             scores = head_scores(queries, keys[a : a + 1])
             logprobs = selection_logprobs(scores, unread, self.temperature, self.config.selection.heads)
-            nats.append(float(query_information(logprobs)))
-        return sum(nats) / len(nats)
+            nats.append(query_information(logprobs))
+        return torch.stack(nats)

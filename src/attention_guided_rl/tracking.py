@@ -5,10 +5,12 @@ are append-only; a checkpoint records their lengths, and a resume cuts them back
 """
 
 import json
+import math
 import os
 import platform
 import sys
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -20,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from attention_guided_rl.config import LogConfig
-from attention_guided_rl.errors import ConfigError, StorageError
+from attention_guided_rl.errors import CheckpointError, ConfigError, StorageError
 from attention_guided_rl.model import LanguageModel
-from attention_guided_rl.records import PairPool, Rewards, Scores, TrajectoryBatch
+from attention_guided_rl.records import Article, PairPool, Rewards, Scores, TrajectoryBatch
 
 LOGS = ("metrics.jsonl", "trajectories.jsonl", "pairs.jsonl")
 _DIGITS = 6  # decimals of logged float32 numbers
@@ -39,10 +41,15 @@ class RunLogs:
                 path = run / name
                 path.touch()
                 if lengths is not None:
+                    if path.stat().st_size < lengths[name]:
+                        raise CheckpointError(f"{path}: shorter than when the checkpoint was written; it was changed")
                     os.truncate(path, lengths[name])
                 self._files[name] = path.open("a", encoding="utf-8")
             with (run / "pairs.jsonl").open(encoding="utf-8") as file:
                 self._written_pairs = {json.loads(line)["pair"] for line in file}
+            self._attribution = run / "ATTRIBUTION.md"
+            known = self._attribution.read_text(encoding="utf-8") if self._attribution.exists() else ""
+            self._attributed = set(known.splitlines())
         except OSError as error:
             raise StorageError(f"{run}: cannot write the logs: {error.strerror}") from error
         self._tensorboard = _tensorboard_writer(run) if config.tensorboard else None
@@ -68,9 +75,25 @@ class RunLogs:
         """Append the pairs that this process has not written yet (memory is bounded: after many, one may recur)."""
         if len(self._written_pairs) > 200_000:
             self._written_pairs.clear()
-        fresh = [r for r in records if r["pair"] not in self._written_pairs]
-        self._written_pairs.update(r["pair"] for r in fresh)
-        self.write("pairs.jsonl", fresh)
+        fresh = {r["pair"]: r for r in reversed(records) if r["pair"] not in self._written_pairs}
+        self._written_pairs.update(fresh)
+        self.write("pairs.jsonl", list(reversed(fresh.values())))
+
+    def attribute(self, articles: Sequence[Article]) -> None:
+        """List the articles whose text the run shows and that have a licence or an address, each once."""
+        lines = {
+            f"- {visible(a.title)} ({a.source}, revision {a.revision}) {a.url} {a.licence}".rstrip()
+            for a in articles
+            if a.licence or a.url
+        }
+        fresh = sorted(lines - self._attributed) if lines else []
+        if not fresh:
+            return
+        self._attributed.update(fresh)
+        with self._attribution.open("a", encoding="utf-8") as file:
+            if file.tell() == 0:
+                file.write("# Sources of the text in this run\n\n")
+            file.write("".join(line + "\n" for line in fresh))
 
     def sync(self) -> dict[str, int]:
         """Make everything written durable and return the lengths of the logs in bytes."""
@@ -97,7 +120,7 @@ def trajectory_records(
     first_index: int,
     kept: Tensor | None = None,
 ) -> list[dict[str, Any]]:
-    """Return one JSON-ready record per row, as DESIGN's file contract and docs/metrics.md describe them."""
+    """Return one JSON-ready record per row; docs/metrics.md describes the fields."""
     group = rows.num_rows // pool.num_articles
     query_ids, real = rows.query_slots()
     ids, role, step = rows.ids.tolist(), rows.role.tolist(), rows.step.tolist()
@@ -212,7 +235,7 @@ class TrainingProgress:
     def show(self, metrics: Mapping[str, Any]) -> None:
         """Show an update's metrics."""
         update = metrics["update"]
-        line = f"reward {metrics['reward/mean']:+.3f}  kl {metrics['loss/kl']:.3f}"
+        line = f"reward {_shown(metrics['reward/mean'], '+.3f')}  kl {_shown(metrics['loss/kl'], '.3f')}"
         if self._bar is not None:
             self._bar.update(self._task, completed=update, description=line)
             return
@@ -229,13 +252,17 @@ def make_console() -> Console:
     return Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=100, soft_wrap=True)
 
 
+def _shown(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
 def _nested(values: Tensor) -> list[Any]:
-    """Return nested lists of rounded numbers, None where −inf."""
+    """Return nested lists of rounded numbers, None where one is not finite (JSON has no such number)."""
 
     def plain(item: Any) -> Any:
         if isinstance(item, list):
             return [plain(x) for x in item]
-        return None if item == float("-inf") else round(item, _DIGITS)
+        return round(item, _DIGITS) if math.isfinite(item) else None
 
     return [plain(row) for row in values.tolist()]
 
@@ -247,11 +274,27 @@ def _version(package: str) -> str | None:
         return None
 
 
+def require_tensorboard() -> None:
+    """Raise ConfigError if event files are asked for and cannot be written."""
+    _tensorboard_class()
+
+
 def _tensorboard_writer(run: Path) -> Any:
+    return _tensorboard_class()(log_dir=str(run / "tensorboard"))
+
+
+def _tensorboard_class() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
             "log.tensorboard needs the package tensorboard: pip install 'attention-guided-rl[tensorboard]'"
         ) from None
-    return SummaryWriter(log_dir=str(run / "tensorboard"))
+    return SummaryWriter
+
+
+def visible(text: str) -> str:
+    """Return text on one line in which no character can control the terminal."""
+    return "".join(
+        c if c.isprintable() else (" " if c in "\n\t" else f"<{unicodedata.name(c, f'U+{ord(c):04X}')}>") for c in text
+    ).strip()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from attention_guided_rl.checkpoint import (
@@ -25,7 +26,7 @@ from attention_guided_rl.checkpoint import (
     save_checkpoint,
     verify,
 )
-from attention_guided_rl.errors import NumericError
+from attention_guided_rl.errors import CheckpointError, NumericError
 from attention_guided_rl.randomness import Purpose, generator
 from attention_guided_rl.records import Advantages, PairPool
 from attention_guided_rl.rl_agent import compute_advantages, effective_sample_size
@@ -61,8 +62,10 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
     total, group = config.training.updates, config.rollout.trajectories
     saved = checkpoint_path(run, state.update) if resume else None
 
-    with _signals() as received, TrainingProgress(make_console(), total, state.update) as progress:
-        while state.update < total and not received:
+    console = make_console() if processes.is_main else Console(quiet=True)
+    with _signals() as received, TrainingProgress(console, total, state.update) as progress:
+        stop = None
+        while state.update < total and stop is None:
             update = state.update
             pool = stream.next_pool(num_articles, keep=share).to(session.model.device)
             indices = range(num_articles)[share]
@@ -77,6 +80,8 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
                 "episodes": state.update * num_articles * group,
                 **outcome.metrics,
                 **update_metrics(session, paid, advantages, rewards, state),
+                "selection/steerability": float(processes.gather_rows(session.steerability(pool)).mean()),
+                "selection/temperature": state.temperature,
                 "data/skipped_articles": stream.num_skipped,
                 "time/update_s": round(progress.seconds_since_last(), 4),
             }
@@ -88,11 +93,12 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
                 )
             if state.update % config.training.checkpoint_every == 0:
                 saved = save(session, run, state, optimizer, logs)
+            stop = processes.first_signal(received)
     if saved != checkpoint_path(run, state.update):
         saved = save(session, run, state, optimizer, logs)
     if logs is not None:
         logs.close()
-    return Trained(state, received[0] if received else None, checkpoint_path(run, state.update))
+    return Trained(state, stop, checkpoint_path(run, state.update))
 
 
 def control_rewards(session: Session, rewards: Tensor, update: int) -> Tensor:
@@ -166,10 +172,13 @@ def log_update(
             advantages.keep[start : start + paid.rows.num_rows],
         )  # fmt: skip
         trajectories = processes.gather_objects(records)
-        pairs = processes.gather_objects(pair_records(pool, paid.prior, session.model))
+        prior = session.reference_scorer.prior(pool, session.template) if session.scorer.live else paid.prior
+        pairs = processes.gather_objects(pair_records(pool, prior, session.model))
+        articles = processes.gather_objects(list(pool.articles))
         if logs is not None:
             logs.write("trajectories.jsonl", trajectories)
             logs.pairs(pairs)
+            logs.attribute(articles)
     if logs is not None:
         logs.metrics(metrics)
 
@@ -200,10 +209,13 @@ def _start(
         lengths = verify(path)["log_bytes"]
         state = load_checkpoint(path, session.model, optimizer)
         session.temperature = state.temperature
+        if state.embedder != session.embedder.identity:
+            raise CheckpointError(f"{path}: made with embedder {state.embedder}, this is {session.embedder.identity}")
         stream.resume(state.position)
         return state, RunLogs(run, session.config.log, lengths) if main else None
     assert session.temperature is not None
-    return RunState(temperature=session.temperature), RunLogs(run, session.config.log) if main else None
+    state = RunState(temperature=session.temperature, embedder=session.embedder.identity)
+    return state, RunLogs(run, session.config.log) if main else None
 
 
 def _next_state(before: RunState, after: RunState, outcome: Outcome) -> RunState:

@@ -16,12 +16,16 @@ from attention_guided_rl.randomness import Purpose, generator
 from attention_guided_rl.records import Advantages, UpdateBatch
 from attention_guided_rl.session import PaidRows, Session
 
+SUMMED_METRICS = ("loss/total", "loss/policy", "loss/kl", "policy/entropy", "policy/sampler_mismatch")
+WEIGHT_METRICS = (*SUMMED_METRICS, "optimizer/gradient_norm")
+"""Metrics of the optimiser step; null when there was none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What happened to the weights in an update."""
 
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     stepped: bool
     finite: bool
 
@@ -51,7 +55,7 @@ def apply_update(
     """
     config, processes = session.config, session.processes
     learning_rate = _learning_rate(config.optimizer, update)
-    metrics = {"optimizer/learning_rate": learning_rate, "loss/total": 0.0, "loss/policy": 0.0, "loss/kl": 0.0}
+    metrics: dict[str, float | None] = {"optimizer/learning_rate": learning_rate, **dict.fromkeys(WEIGHT_METRICS)}
     kept_advantages = advantages.advantages[advantages.keep]
     if not bool(torch.isfinite(rewards).all()):
         return Outcome(metrics, stepped=False, finite=False)
@@ -88,7 +92,7 @@ def apply_update(
 def _step(
     session: Session,
     optimizer: torch.optim.Optimizer,
-    metrics: dict[str, float],
+    metrics: dict[str, float | None],
     sums: dict[str, Tensor],
     learning_rate: float,
 ) -> Outcome:
@@ -97,11 +101,11 @@ def _step(
     for parameter in parameters:
         if parameter.grad is None:  # this process had no kept row
             parameter.grad = torch.zeros_like(parameter)
-    names = ("loss/total", "loss/policy", "loss/kl", "policy/entropy", "policy/sampler_mismatch")
-    totals = torch.stack([sums.get(n, torch.zeros((), device=session.model.device)) for n in names])
+    zero = torch.zeros((), device=session.model.device)
+    totals = torch.stack([sums.get(name, zero) for name in SUMMED_METRICS])
     session.processes.sum_([p.grad for p in parameters if p.grad is not None] + [totals])
     norm = nn.utils.clip_grad_norm_(parameters, session.config.optimizer.max_grad_norm)
-    values = dict(zip(names, totals.tolist(), strict=True)) | {"optimizer/gradient_norm": float(norm)}
+    values = dict(zip(SUMMED_METRICS, totals.tolist(), strict=True)) | {"optimizer/gradient_norm": float(norm)}
     finite = all(math.isfinite(v) for v in values.values())
     if finite:
         for group in optimizer.param_groups:

@@ -172,7 +172,7 @@ class Position:
 
 
 class PoolStream:
-    """Pools of consecutive articles, pass after pass; articles that are too short are counted and skipped."""
+    """Pools of consecutive articles, pass after pass; one with too few pairs is passed over and counted."""
 
     def __init__(
         self, corpus: Corpus, encode: Encode, config: PairsConfig, *, num_probes: int, seed: int, purpose: Purpose

@@ -1,6 +1,5 @@
 """Tables and trajectories for the terminal. Text of articles and models is untrusted: control characters are shown."""
 
-import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.text import Text
 
 from attention_guided_rl.records import PairPool
 from attention_guided_rl.session import PaidRows, Session
+from attention_guided_rl.tracking import visible
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
@@ -65,7 +65,8 @@ def print_trajectory(console: Console, session: Session, paid: PaidRows, pool: P
         logprobs = rows.selection_logprobs[row, step]
         pick = int(rows.picks[row, step])
         console.print(Text(f"step {step + 1:2d}  query  {visible(query)}", style="cyan"))
-        for j in logprobs.topk(min(3, int((logprobs > float("-inf")).sum()))).indices.tolist():
+        best = logprobs.topk(min(3, int((logprobs > float("-inf")).sum()))).indices.tolist()
+        for j in best if pick in best else [*best, pick]:
             key = model.decode(pool.key_ids[article, j][pool.key_mask[article, j]].tolist())
             mark = "→" if j == pick else " "
             console.print(Text(f"       {mark} {float(logprobs[j].exp()):5.2f}  {visible(key)}"))
@@ -74,10 +75,3 @@ def print_trajectory(console: Console, session: Session, paid: PaidRows, pool: P
         console.print(Text(f"         read  {visible(value)}   {gain:+.2f}", style="green" if gain > 0 else "red"))
     mean = float(paid.rewards.rewards[row].mean())
     console.print(Text(f"reward {mean:+.3f} nats per value token", style="bold"))
-
-
-def visible(text: str) -> str:
-    """Return text on one line in which no character can control the terminal."""
-    return "".join(
-        c if c.isprintable() else (" " if c in "\n\t" else f"<{unicodedata.name(c, f'U+{ord(c):04X}')}>") for c in text
-    ).strip()
