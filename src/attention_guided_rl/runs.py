@@ -264,14 +264,13 @@ def _evaluate(session: Session, folder: Path, update: int, console: Console) -> 
     """Run all arms, write evaluation.jsonl, evaluation.json and the figure, and print the table."""
     config = session.config
     lengths = verify(latest_checkpoint(folder))["log_bytes"]
-    logs = RunLogs(folder, config.log, lengths)  # drops the trajectories of an earlier evaluation
     pickers = [*PICKERS, *(["oracle"] if config.evaluation.oracle else [])]
     records: list[dict[str, Any]] = []
-    with console.status("evaluating") if console.is_terminal else contextlib.nullcontext():
+    waiting = console.status("evaluating") if console.is_terminal else contextlib.nullcontext()
+    with waiting, RunLogs(folder, config.log, lengths) as logs:  # drops the trajectories of an earlier evaluation
         for batch in run_arms(session, pickers):
             records += evaluation_records(session, batch, update)
             _log_evaluation(session, logs, batch, update)
-    logs.close()
     summary = summarise(records, held_out=config.evaluation.corpus not in (None, config.corpus))
     write_text(folder / "evaluation.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
     write_text(folder / "evaluation.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")

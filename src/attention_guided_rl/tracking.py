@@ -35,7 +35,7 @@ class RunLogs:
 
     def __init__(self, run: Path, config: LogConfig, lengths: Mapping[str, int] | None = None) -> None:
         """Open the logs; with `lengths`, cut them back to a checkpoint first."""
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, TextIO]
         try:
             for name in LOGS:
                 path = run / name
@@ -44,7 +44,7 @@ class RunLogs:
                     if path.stat().st_size < lengths[name]:
                         raise CheckpointError(f"{path}: shorter than when the checkpoint was written; it was changed")
                     os.truncate(path, lengths[name])
-                self._files[name] = path.open("a", encoding="utf-8")
+            self._files = {name: (run / name).open("a", encoding="utf-8") for name in LOGS}
             with (run / "pairs.jsonl").open(encoding="utf-8") as file:
                 self._written_pairs = {json.loads(line)["pair"] for line in file}
             self._attribution = run / "ATTRIBUTION.md"
@@ -53,6 +53,12 @@ class RunLogs:
         except OSError as error:
             raise StorageError(f"{run}: cannot write the logs: {error.strerror}") from error
         self._tensorboard = _tensorboard_writer(run) if config.tensorboard else None
+
+    def __enter__(self) -> "RunLogs":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def write(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Append one JSON line per record."""

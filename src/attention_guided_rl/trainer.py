@@ -63,7 +63,11 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
     saved = checkpoint_path(run, state.update) if resume else None
 
     console = make_console() if processes.is_main else Console(quiet=True)
-    with _signals() as received, TrainingProgress(console, total, state.update) as progress:
+    with (
+        logs or contextlib.nullcontext(),
+        _signals() as received,
+        TrainingProgress(console, total, state.update) as progress,
+    ):
         stop = None
         while state.update < total and stop is None:
             update = state.update
@@ -94,10 +98,8 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
             if state.update % config.training.checkpoint_every == 0:
                 saved = save(session, run, state, optimizer, logs)
             stop = processes.first_signal(received)
-    if saved != checkpoint_path(run, state.update):
-        saved = save(session, run, state, optimizer, logs)
-    if logs is not None:
-        logs.close()
+        if saved != checkpoint_path(run, state.update):
+            save(session, run, state, optimizer, logs)
     return Trained(state, stop, checkpoint_path(run, state.update))
 
 

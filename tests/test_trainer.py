@@ -1,0 +1,116 @@
+"""The training loop where things go wrong: numbers that are not finite, changed logs, a run that is extended."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from attention_guided_rl import runs
+from attention_guided_rl.checkpoint import checkpoint_path
+from attention_guided_rl.errors import CheckpointError, NumericError
+
+POISON = '''
+from dataclasses import replace
+from attention_guided_rl.reward import plain
+
+calls = 0
+poisoned = {poisoned}
+
+def reward(inputs):
+    """The plain reward; one number is NaN at the calls that are poisoned."""
+    global calls
+    calls += 1
+    paid = plain(inputs)
+    if calls in poisoned:
+        raw = paid.raw.clone()
+        raw[0, 0] = float("nan")
+        return replace(paid, raw=raw)
+    return paid
+'''
+
+
+@pytest.fixture
+def poison(tmp_path, monkeypatch):
+    """Return the factory of `package.module:name` rewards that are NaN at some calls."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def make(name: str, poisoned: set[int]) -> str:
+        (tmp_path / f"{name}.py").write_text(POISON.format(poisoned=poisoned), encoding="utf-8")
+        sys.modules.pop(name, None)
+        return f"{name}:reward"
+
+    return make
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_an_update_with_a_nan_reward_is_skipped_and_counted(make_config, poison, tmp_path):
+    config = make_config({"reward.kind": poison("nan_once", {2}), "training.updates": 3})
+    result = runs.train(config, tmp_path / "run")
+    assert result.trained.state.nonfinite_updates == 1
+    assert result.trained.state.nonfinite_in_a_row == 0
+    records = metrics_of(tmp_path / "run")
+    assert [r["guard/nonfinite_updates"] for r in records] == [0, 1, 1]
+    assert records[1]["reward/mean"] is None
+    assert records[1]["loss/total"] is None
+    assert records[1]["optimizer/gradient_norm"] is None
+    assert records[2]["loss/total"] is not None
+    weights = load_file(checkpoint_path(tmp_path / "run", 3) / "adapter" / "adapter_model.safetensors")
+    assert all(bool(torch.isfinite(w).all()) for w in weights.values())
+
+
+def test_a_skipped_update_leaves_weights_and_statistics_as_they_were(make_config, poison, tmp_path):
+    """Three updates of which the last is skipped end where two end."""
+    skipped = runs.train(
+        make_config({"reward.kind": poison("nan_last", {3}), "training.updates": 3}), tmp_path / "skipped"
+    )
+    clean = runs.train(
+        make_config({"reward.kind": poison("nan_never", set()), "training.updates": 2}), tmp_path / "clean"
+    )
+    assert skipped.trained.state.agent == clean.trained.state.agent
+    name = Path("adapter") / "adapter_model.safetensors"
+    a, b = load_file(skipped.trained.checkpoint / name), load_file(clean.trained.checkpoint / name)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_three_in_a_row_stop_the_run(make_config, poison, tmp_path):
+    config = make_config({"reward.kind": poison("nan_always", set(range(1, 99))), "training.updates": 9})
+    with pytest.raises(NumericError, match="3 updates in a row"):
+        runs.train(config, tmp_path / "run")
+    assert len(metrics_of(tmp_path / "run")) == 3
+
+
+def test_an_extended_run_remembers_how_far_it_should_go(make_config, tmp_path):
+    runs.train(make_config({"training.updates": 1}), tmp_path / "run")
+    runs.train(make_config({"training.updates": 2}), tmp_path / "run", resume=True)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert config["training"]["updates"] == 2
+    assert len(metrics_of(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "trajectories.jsonl", "pairs.jsonl"])
+def test_a_log_that_was_shortened_is_refused(make_config, tmp_path, name):
+    runs.train(make_config({"training.updates": 1}), tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        runs.train(make_config({"training.updates": 2}), tmp_path / "run", resume=True)
+
+
+def test_pairs_and_sources_are_listed_once(make_config, tmp_path):
+    """One article with a licence, read again and again."""
+    path = tmp_path / "one.jsonl"
+    text = " ".join(f"ba be bi bo bu by da de di do du dy {n}" for n in range(9))
+    article = {"title": "One", "text": text, "licence": "CC BY-SA 4.0", "url": "https://example.org/One"}
+    path.write_text(json.dumps(article) + "\n", encoding="utf-8")
+    runs.train(make_config({"corpus.path": str(path), "training.updates": 3}), tmp_path / "run")
+    pairs = [json.loads(line)["pair"] for line in (tmp_path / "run" / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) == len(set(pairs)) > 0
+    attribution = (tmp_path / "run" / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert attribution.count("https://example.org/One") == 1
+    assert "CC BY-SA 4.0" in attribution
