@@ -178,7 +178,7 @@ def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
         resume_command += f" --runs-folder {shlex.quote(str(options.runs_folder))}"
     try:
         result = runs.train(config, folder, resume=options.resume)
-    except AgrlError as error:
+    except (AgrlError, KeyboardInterrupt) as error:
         saved = sorted((folder / "checkpoints").glob("update-*"))
         if saved and not isinstance(error, ConfigError | RunInUseError):
             print(f"agrl: saved: {saved[-1]}; to go on: {resume_command}", file=sys.stderr)
