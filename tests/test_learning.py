@@ -67,6 +67,7 @@ def test_a_short_run_learns_to_read(trained):
     assert max(record["policy/sampler_mismatch"] for record in metrics) < 1e-4
 
 
+@pytest.mark.timeout(300)  # four short runs: 48 s on an idle machine, and a busy one must not look like a hang
 def test_law_11_real_rewards_teach_and_shuffled_ones_do_not(trained, tmp_path):
     shuffled = [
         gain(

@@ -95,6 +95,8 @@ class RunLogs:
         fresh = sorted(lines - self._attributed) if lines else []
         if not fresh:
             return
+        if len(self._attributed) > 200_000:  # memory is bounded here too
+            self._attributed.clear()
         self._attributed.update(fresh)
         with self._attribution.open("a", encoding="utf-8") as file:
             if file.tell() == 0:
