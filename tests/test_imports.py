@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 # A module may import what stands in a line above its own, and nothing else of the package.
 LAYERS = [
     ["errors", "records", "randomness", "selection", "statistics", "data.wikitext", "report", "report.figures"],
-    ["config", "model", "distributed", "reward"],
-    ["rl_agent", "environment", "template", "loading", "tracking", "data.files", "data.dump", "data.encyclopedia"],
-    ["embedders.attention", "embedders.hashing", "data", "objective", "scorer", "rollouts"],
-    ["embedders", "data.pairs"],
+    ["config", "model", "distributed", "reward", "storage", "data.corpus"],
+    ["rl_agent", "environment", "template", "loading", "tracking", "network", "data.hygiene", "data.encyclopedia"],
+    ["embedders.attention", "embedders.hashing", "data.files", "data.dump", "data.pairs", "objective", "scorer"],
+    ["embedders", "data", "rollouts"],
     ["session", "checkpoint"],
     ["update"],
     ["trainer", "evaluation", "report.terminal"],
@@ -36,6 +36,8 @@ ONLY_IN = {
     "torch.distributed": {"distributed"},
     "matplotlib": {"report.figures"},
     "tyro": {"cli"},
+    "httpx2": {"network"},
+    "tenacity": {"network"},
 }
 
 

@@ -31,6 +31,7 @@ from attention_guided_rl.config import (
     FilterConfig,
     KLConfig,
     ModelConfig,
+    NetworkConfig,
     ObjectiveConfig,
     PairsConfig,
     SelectionConfig,
@@ -45,6 +46,7 @@ from attention_guided_rl.environment import ReadingEnvironment, embed_pool_keys
 from attention_guided_rl.errors import ConfigError
 from attention_guided_rl.evaluation import evaluation_records, run_arms, with_key_text
 from attention_guided_rl.loading import load_model, prepare
+from attention_guided_rl.network import Network
 from attention_guided_rl.objective import policy_gradient
 from attention_guided_rl.randomness import Purpose, uniforms
 from attention_guided_rl.records import (
@@ -1058,7 +1060,7 @@ def test_law_10_the_stream_advances(make_config, tmp_path):
 
 
 def articles_of(corpus):
-    return list(CORPORA[corpus.kind](corpus).articles(0, 0))
+    return list(CORPORA[corpus.kind](corpus, Network(NetworkConfig())).articles(0, 0))
 
 
 RESUMED = {

@@ -6,6 +6,7 @@ refused with file, key and nearest name; contradictions are refused before any m
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -80,13 +81,44 @@ class CorpusConfig:
     """Where articles come from."""
 
     kind: str = "encyclopedia"
-    """`encyclopedia` (generated), `files`, `dump` (Wikipedia XML), or `package.module:name`."""
+    """`encyclopedia` (generated), `wikipedia` (by title), `hub` (a data set), `dump` (Wikipedia XML), `files`, or
+    `package.module:name`."""
     path: Path | None = None
-    """`files`: a file or folder of text, Markdown or JSONL; `dump`: pages-articles XML, plain or bz2."""
+    """`files`: a file or folder of text, Markdown or JSONL; `dump`: pages-articles XML, plain or bz2; `wikipedia`: a
+    text file with a title in each line."""
     title: str | None = None
-    """Read only the article with this title, again and again."""
+    """Read only the article with this title, again and again; `wikipedia`: its address will do."""
+    titles: tuple[str, ...] = ()
+    """`wikipedia`: the articles with these titles."""
+    category: str | None = None
+    """`wikipedia`: the articles of this category, not of those below it."""
+    random: int = 0
+    """`wikipedia`: so many random articles, drawn once and then kept in the cache."""
+    limit: int = 500
+    """`wikipedia`: at most so many articles of a category."""
+    language: str = "en"
+    """`wikipedia`: language code of the edition."""
+    site: str | None = None
+    """`wikipedia`: address of another wiki's api.php; None: Wikipedia in `language`."""
+    requests_per_second: float = 1.0
+    """`wikipedia`: at most so many requests a second, one at a time."""
+    name: str | None = None
+    """`hub`: a data set of the Hugging Face hub, or a folder of one."""
+    subset: str | None = None
+    """`hub`: the configuration of the data set, such as 20231101.en."""
+    revision: str | None = None
+    """`hub`: revision of the data set; None: the newest."""
+    text_column: str = "text"
+    """`hub`: the column to read; title, url and id are taken from columns of those names where they exist."""
+    index: Path | None = None
+    """`dump`: the index of a multistream dump: reading can then start anywhere, and in random order."""
+    split: Literal["all", "train", "dev", "test"] = "all"
+    """Which part of the articles, by a hash of the title: 90 % train, 5 % dev, 5 % test; `all`: every article."""
+    drop_near_duplicates: bool = True
+    """Pass over an article whose text is nearly that of one before it."""
     shuffle: bool = True
-    """`files`: visit the articles in a new random order in every pass; otherwise in file order."""
+    """`files`, `wikipedia`: visit the articles in a new random order in every pass; `hub`, `dump` with an index: in one
+    random order; otherwise as they stand."""
     variant: Annotated[Literal["threads", "needle", "chain", "null"], BeforeValidator(_null_is_a_name)] = "threads"
     """`encyclopedia`: what is planted."""
     subjects: int = 7
@@ -94,7 +126,7 @@ class CorpusConfig:
     pairs_per_subject: int = 4
     """`encyclopedia`: pairs about each subject, at most 8."""
     seed: int = 1
-    """`encyclopedia`: seed of the articles. Held-out articles are those of another seed."""
+    """`encyclopedia`: seed of the articles; held-out articles are those of another seed. Elsewhere: of the order."""
 
     def __post_init__(self) -> None:
         _require(self.subjects >= 1, f"corpus.subjects must be at least 1, got {self.subjects}")
@@ -104,8 +136,25 @@ class CorpusConfig:
         names = {"needle": self.num_pairs, "chain": self.num_pairs + 1}.get(self.variant, self.subjects)
         _require(names <= 64, f"corpus.subjects: this {self.variant} article needs {names} names; there are 64")
         _require(0 <= self.seed < 2**63, f"corpus.seed must be 0 to 2^63 − 1, got {self.seed}")
+        _require(self.random >= 0 and self.limit >= 1, "corpus.random must not be negative, corpus.limit at least 1")
+        _require(
+            0 < self.requests_per_second <= 100,
+            f"corpus.requests_per_second must be above 0 and at most 100, got {self.requests_per_second}",
+        )
         if self.kind in ("files", "dump"):
             _require(self.path is not None, f"corpus.kind: {self.kind} needs corpus.path")
+        if self.kind == "hub":
+            _require(self.name is not None, "corpus.kind: hub needs corpus.name")
+        if self.kind == "wikipedia":
+            given = [self.title, self.titles, self.path, self.category, self.random]
+            _require(
+                sum(bool(source) for source in given) == 1,
+                "corpus.kind: wikipedia needs one of corpus.title, titles, path (a file of titles), category, random",
+            )
+            _require(
+                re.fullmatch(r"[a-z]{2,}(-[a-z]+)*", self.language) is not None,
+                f"corpus.language must be a code such as en or zh-yue, got {self.language!r}",
+            )
         if self.kind == "encyclopedia":
             _require(self.path is None, "corpus.path has no meaning for the generated encyclopedia; set corpus.kind")
             _require(self.title is None, "corpus.title has no meaning for the generated encyclopedia; set corpus.kind")
@@ -122,8 +171,8 @@ class PairsConfig:
 
     cut: Literal["tokens", "sentences"] = "tokens"
     """`tokens`: consecutive runs of key_tokens + value_tokens; `sentences`: consecutive sentences, key then value."""
-    num_pairs: int = 24
-    """N: pairs in the pool of a trajectory."""
+    num_pairs: int | Literal["auto"] = 24
+    """N: pairs in the pool of a trajectory; `auto` (needs corpus.title): all of the article that the context holds."""
     key_tokens: int = 8
     """K: tokens of a key (slot length for sentences; longer ones are cut)."""
     value_tokens: int = 10
@@ -131,7 +180,8 @@ class PairsConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_pairs", "key_tokens", "value_tokens"):
-            _require(getattr(self, name) >= 1, f"pairs.{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            _require(value == "auto" or value >= 1, f"pairs.{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,12 +220,41 @@ class EmbedderConfig:
     """What turns queries and keys into vectors."""
 
     kind: str = "hashing"
-    """`hashing` (words in common), `attention` (the reference's own projections), or `package.module:name`."""
-    dimensions: int = 4096
-    """`hashing`: length of the vectors; words that collide look alike."""
+    """`hashing` (words in common), `attention` (the reference's own projections), `openai` (any server with its
+    interface), `sentence_transformers`, or `package.module:name`."""
+    dimensions: int | None = None
+    """Length of the vectors; None: what the model gives, for `hashing` 4096. Words that collide there look alike."""
+    model: str | None = None
+    """`openai`: name at the service, None: text-embedding-ada-002; `sentence_transformers`: name or folder."""
+    revision: str | None = None
+    """`sentence_transformers`: revision on the hub; None: the newest."""
+    base_url: str | None = None
+    """`openai`: address of the service up to /v1; None: $OPENAI_BASE_URL, else OpenAI's. The key is $OPENAI_API_KEY."""
+    batch_texts: int | None = None
+    """Most texts a request or forward; None: 2,048 for `openai`, 64 for `sentence_transformers`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`sentence_transformers`: where to compute."""
+    max_usd: float | None = None
+    """Most that this run may spend on embeddings, whatever happens; raise it to go on. None: no limit."""
+    usd_per_million_tokens: float | None = None
+    """Price at the service; None: OpenAI's for its known models, and nothing elsewhere."""
+    send_local_text: bool = False
+    """Allow text of a corpus on this machine to be sent to a remote service."""
 
     def __post_init__(self) -> None:
-        _require(self.dimensions >= 2, f"embedder.dimensions must be at least 2, got {self.dimensions}")
+        for name in ("dimensions", "batch_texts"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"embedder.{name} must be at least 1, got {value}")
+        for name in ("max_usd", "usd_per_million_tokens"):
+            value = getattr(self, name)
+            _require(
+                value is None or (value >= 0 and math.isfinite(value)),
+                f"embedder.{name} must not be negative, got {value}",
+            )
+        _require(
+            self.kind != "sentence_transformers" or self.model is not None,
+            "embedder.kind: sentence_transformers needs embedder.model, a name on the hub or a folder",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,6 +431,29 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig:
+    """What may leave this machine, and what is kept of what came back. None of it changes a result."""
+
+    offline: bool = False
+    """Open no connection: what is neither on this machine nor in the cache is an error."""
+    cache: Path | None = None
+    """Folder of fetched articles and vectors; None: $AGRL_CACHE, or attention-guided-rl in the user's cache folder."""
+    contact: str | None = None
+    """A mail address or page for the people who run a wiki, sent with each request to it."""
+    timeout_s: float = 30.0
+    """Longest silence of a server, in seconds."""
+    deadline_s: float = 600.0
+    """Longest time for a request with all its repetitions, in seconds."""
+    backoff_s: float = 0.5
+    """Longest wait before the first repetition, in seconds; it doubles with each."""
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_s", "deadline_s", "backoff_s"):
+            value = getattr(self, name)
+            _require(value > 0 and math.isfinite(value), f"network.{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything a run depends on."""
 
@@ -368,6 +470,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     log: LogConfig = field(default_factory=LogConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
 
     def __post_init__(self) -> None:
         self._check_encyclopedia(self.corpus, "corpus", 0)
@@ -375,8 +478,9 @@ class Config:
             held_out = self.evaluation.corpus or self.corpus
             self._check_encyclopedia(held_out, "evaluation.corpus", self.evaluation.num_probes)
         steps, num_pairs = self.rollout.steps, self.pairs.num_pairs
+        _require(num_pairs != "auto" or self.corpus.title is not None, "pairs.num_pairs: auto needs corpus.title")
         _require(
-            steps == "auto" or steps <= num_pairs,
+            steps == "auto" or num_pairs == "auto" or steps <= num_pairs,
             f"rollout.steps ({steps}) exceeds pairs.num_pairs ({num_pairs}): no pair is read twice",
         )
         _require(
@@ -389,9 +493,11 @@ class Config:
         )
 
     def _check_encyclopedia(self, corpus: CorpusConfig, key: str, num_probes: int) -> None:
+        if corpus.kind != "encyclopedia" or self.pairs.num_pairs == "auto":
+            return
         needed = self.pairs.num_pairs + num_probes
         _require(
-            corpus.kind != "encyclopedia" or corpus.num_pairs >= needed,
+            corpus.num_pairs >= needed,
             f"{key}.subjects × {key}.pairs_per_subject gives {corpus.num_pairs} pairs an article; "
             f"pairs.num_pairs and the probes need {needed}",
         )

@@ -31,6 +31,12 @@ class RemoteError(AgrlError):
     exit_code = 5
 
 
+class SpendError(AgrlError):
+    """The spending cap, or the quota at the service, is reached."""
+
+    exit_code = 6
+
+
 class CheckpointError(AgrlError):
     """A checkpoint or run folder is damaged or does not fit."""
 

@@ -7,7 +7,6 @@ the corpora have been shown to work.
 
 import contextlib
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.report.figures import plot_run
 from attention_guided_rl.report.terminal import print_summary, print_trajectory
 from attention_guided_rl.session import Session
+from attention_guided_rl.storage import write_text
 from attention_guided_rl.tracking import (
     RunLogs,
     environment_record,
@@ -39,7 +39,10 @@ from attention_guided_rl.tracking import (
 from attention_guided_rl.trainer import Trained
 from attention_guided_rl.trainer import train as train_session
 
-MAY_CHANGE_ON_RESUME = ("training.updates", "training.checkpoint_every", "training.device", "log.", "evaluation.")
+MAY_CHANGE_ON_RESUME = (
+    *("training.updates", "training.checkpoint_every", "training.device", "log.", "evaluation.", "network."),
+    *("embedder.max_usd", "embedder.usd_per_million_tokens", "embedder.send_local_text", "embedder.device"),
+)
 STEERABILITY_WARNING = 0.1  # nats: below this, no query changes much
 
 
@@ -166,20 +169,6 @@ def newest_run(root: Path) -> Path:
     if not found:
         raise ConfigError(f"--resume: there is no run in {root}/")
     return found[-1].parent
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot write: {error.strerror or error}") from error
 
 
 def _prepare(session: Session, console: Console) -> None:

@@ -15,14 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attention_guided_rl.config import Config, CorpusConfig
-from attention_guided_rl.data import CORPORA
-from attention_guided_rl.data.pairs import PoolStream
+from attention_guided_rl.data import CORPORA, is_private
+from attention_guided_rl.data.corpus import Corpus
+from attention_guided_rl.data.hygiene import CleanCorpus
+from attention_guided_rl.data.pairs import PoolStream, cut_article
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.embedders import EMBEDDERS
 from attention_guided_rl.environment import Embedder, Picker, ReadingEnvironment, embed_pool_keys, sampled_pick
-from attention_guided_rl.errors import ConfigError
+from attention_guided_rl.errors import ConfigError, CorpusError
 from attention_guided_rl.loading import load_model, max_positions
 from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.network import Network
 from attention_guided_rl.objective import OBJECTIVES, Objective
 from attention_guided_rl.randomness import Purpose, uniforms
 from attention_guided_rl.records import PairPool, Rewards, Scores, TrajectoryBatch
@@ -65,8 +68,10 @@ class PaidRows:
 class Session:
     """A loaded configuration. `temperature` (τ) is calibrated or restored before the first trajectory."""
 
-    def __init__(self, config: Config, processes: Processes) -> None:
-        """Check what can be checked without a model, then load.
+    def __init__(self, config: Config, processes: Processes, *, account: str = "untitled") -> None:
+        """Check what can be checked without a model, remote services included, then load.
+
+        `account`: the name under which spending on embeddings is added up, that of the run.
 
         Raises:
             AgrlError: of the kind that fits, before any weights load where possible.
@@ -78,6 +83,7 @@ class Session:
         corpora = [config.corpus] if config.evaluation.corpus is None else [config.corpus, config.evaluation.corpus]
         for corpus in corpora:
             resolve(CORPORA, corpus.kind, "corpus.kind")
+        self.network = Network(config.network, account=account, private_text=any(map(is_private, corpora)))
         processes.share(config.rollout.articles)
         if config.log.tensorboard:
             require_tensorboard()
@@ -86,35 +92,49 @@ class Session:
         if context > available:
             raise ConfigError(f"rollout.context_tokens ({context}) exceeds the model's context of {available} tokens")
 
+        if processes.is_main and hasattr(make_embedder, "preflight"):
+            make_embedder.preflight(config.embedder, self.network)
+
         self.model: LanguageModel = load_model(config.model, processes.device, seed=config.training.seed)
         self.template: Template = build_template(self.model.tokenizer, config.template)
-        self.num_steps = self._resolve_steps(context)
-        self.embedder: Embedder = make_embedder(config.embedder, self.model)
+        self.num_pairs, self.num_steps = self._resolve_sizes(context)
+        self.embedder: Embedder = make_embedder(config.embedder, self.network, self.model)
         if self.embedder.depends_on_policy:
             raise ConfigError(f"embedder.kind: {config.embedder.kind!r} depends on the policy, which is not supported")
         self.scorer: Scorer = SCORERS[config.reward.scorer](self.model, config.training.micro_batch_rows)
         self.reference_scorer: Scorer = reference_scorer(self.model, config.training.micro_batch_rows)
         self.temperature = config.selection.temperature
 
-    def _resolve_steps(self, context: int) -> int:
+    def _resolve_sizes(self, context: int) -> tuple[int, int]:
+        """Return N and S with `auto` resolved."""
         c = self.config
         fits = self.template.steps_that_fit(context, c.rollout.query_tokens, c.pairs.value_tokens)
-        steps = min(fits, c.pairs.num_pairs) if c.rollout.steps == "auto" else c.rollout.steps
+        num_pairs = c.pairs.num_pairs
+        if num_pairs == "auto":
+            article = next(filter(None, self._corpus(c.corpus).articles(0, 0)), None)
+            num_pairs = min(fits, len(cut_article(article, self.model.encode, c.pairs).pairs)) if article else 0
+            if num_pairs < 2:
+                raise CorpusError(f"corpus.title: {c.corpus.title!r} has {num_pairs} pairs; choose a longer article")
+        steps = min(fits, num_pairs) if c.rollout.steps == "auto" else c.rollout.steps
         if steps < 1 or steps > fits:
             raise ConfigError(
                 f"rollout.steps: {max(steps, 1)} steps need "
                 f"{self.template.layout(max(steps, 1), c.rollout.query_tokens, c.pairs.value_tokens).row_len} tokens, "
                 f"more than the context of {context}; lower the steps or the token counts"
             )
-        return steps
+        return num_pairs, steps
+
+    def _corpus(self, corpus: CorpusConfig) -> Corpus:
+        make: Callable[[CorpusConfig, Network], Corpus] = resolve(CORPORA, corpus.kind, "corpus.kind")
+        return CleanCorpus(make(corpus, self.network), corpus)
 
     def stream(self, corpus: CorpusConfig, *, num_probes: int, purpose: Purpose) -> PoolStream:
         """Open a corpus as a stream of pools."""
-        make: Callable[[CorpusConfig], Any] = resolve(CORPORA, corpus.kind, "corpus.kind")
         return PoolStream(
-            make(corpus),
+            self._corpus(corpus),
             self.model.encode,
             self.config.pairs,
+            num_pairs=self.num_pairs,
             num_probes=num_probes,
             seed=self.config.training.seed,
             purpose=purpose,
@@ -165,7 +185,7 @@ class Session:
         pool = self.stream(corpus, num_probes=0, purpose=Purpose.POOL).next_pool(num_articles)
         pool = pool.to(self.model.device)
         self.temperature = 1.0
-        if c.pairs.num_pairs == 1:  # nothing to choose
+        if self.num_pairs == 1:  # nothing to choose
             return True
         first_query = self.uniforms(Purpose.CALIBRATION, 0, range(num_articles), per_article)[:, :1]
         with self.model.reference():

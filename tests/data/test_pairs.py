@@ -121,7 +121,9 @@ class Shelf:
 
 def stream(shelf: Shelf, *, num_pairs: int = 4, num_probes: int = 0, seed: int = 0, purpose=Purpose.POOL) -> PoolStream:
     config = PairsConfig(num_pairs=num_pairs, key_tokens=2, value_tokens=3)
-    return PoolStream(shelf, encode, config, num_probes=num_probes, seed=seed, purpose=purpose)
+    return PoolStream(
+        shelf, encode, config, num_pairs=config.num_pairs, num_probes=num_probes, seed=seed, purpose=purpose
+    )
 
 
 def names(pool: PairPool) -> list[str]:
@@ -136,7 +138,9 @@ def test_a_pool_is_padded_slots_with_masks():
         def articles(self, epoch: int, start: int) -> Iterator[Article]:
             yield from [article(pairs=pairs)][start:]
 
-    pool = PoolStream(One(), encode, config, num_probes=0, seed=0, purpose=Purpose.POOL).next_pool(1)
+    pool = PoolStream(
+        One(), encode, config, num_pairs=config.num_pairs, num_probes=0, seed=0, purpose=Purpose.POOL
+    ).next_pool(1)
     a, b, c, d, space = (ord(x) for x in "abcd ")
     assert pool.key_ids.tolist() == [[[space, a, b, 0], [space, c, 0, 0]]]
     assert pool.key_mask.tolist() == [[[True, True, True, False], [True, True, False, False]]]
@@ -266,8 +270,8 @@ def test_other_lengths_of_pairs_are_noticed_on_resume():
     before = stream(Shelf(8, 9))
     before.next_pool(1)
     other = PoolStream(
-        Shelf(8, 9), encode, PairsConfig(num_pairs=4, key_tokens=3, value_tokens=2), num_probes=0, seed=0,
-        purpose=Purpose.POOL,
+        Shelf(8, 9), encode, PairsConfig(num_pairs=4, key_tokens=3, value_tokens=2), num_pairs=4, num_probes=0,
+        seed=0, purpose=Purpose.POOL,
     )  # fmt: skip
     with pytest.raises(CheckpointError):
         other.resume(before.position)

@@ -14,7 +14,7 @@ import torch
 from syntok import segmenter
 
 from attention_guided_rl.config import PairsConfig
-from attention_guided_rl.data import Corpus
+from attention_guided_rl.data.corpus import Corpus
 from attention_guided_rl.errors import CheckpointError, CorpusError
 from attention_guided_rl.randomness import Purpose, generator
 from attention_guided_rl.records import Article, PairPool
@@ -160,7 +160,7 @@ def whole_pool(cuts: Sequence[CutArticle], config: PairsConfig) -> PairPool:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a stream stands: the next article is number `offset` of pass `epoch`; `drawn` articles have been used."""
+    """Where a stream stands: next is place `offset` of pass `epoch`; `drawn` articles have been used."""
 
     epoch: int = 0
     offset: int = 0
@@ -175,14 +175,24 @@ class PoolStream:
     """Pools of consecutive articles, pass after pass; one with too few pairs is passed over and counted."""
 
     def __init__(
-        self, corpus: Corpus, encode: Encode, config: PairsConfig, *, num_probes: int, seed: int, purpose: Purpose
+        self,
+        corpus: Corpus,
+        encode: Encode,
+        config: PairsConfig,
+        *,
+        num_pairs: int,
+        num_probes: int,
+        seed: int,
+        purpose: Purpose,
     ) -> None:
-        self._corpus, self._config, self._num_probes = corpus, config, num_probes
+        self._corpus, self._config = corpus, config
+        self._num_pairs, self._num_probes = num_pairs, num_probes
         self._seed, self._purpose = seed, purpose
         self._cut = functools.lru_cache(maxsize=256)(lambda article: cut_article(article, encode, config))
         self.position = Position()
         self._articles = corpus.articles(0, 0)
-        self._usable_in_pass = 0
+        self._drawn_before_pass: int | None = 0
+        """Articles drawn before this pass began; None: it began before a resume."""
         self._skipped_in_a_row = 0
 
     @property
@@ -204,6 +214,7 @@ class PoolStream:
                     f"the corpus has changed: article {position.offset - 1} of pass {position.epoch} is not the one "
                     "this run read last; resume with the same corpus and model"
                 )
+            self._drawn_before_pass = None
         self.position = position
 
     def next_pool(self, num_articles: int, keep: slice = slice(None)) -> PairPool:
@@ -216,27 +227,23 @@ class PoolStream:
         return _build_pool(draws[keep], self._config)
 
     def _next_draw(self) -> _Draw:
-        needed = self._config.num_pairs + self._num_probes
+        needed = self._num_pairs + self._num_probes
         while True:
-            article = next(self._articles, None)
-            epoch, offset = self.position.epoch, self.position.offset
-            if article is None:
+            try:
+                article = next(self._articles)
+            except StopIteration:
                 self._end_pass(needed)
                 continue
+            self.position = replace(self.position, offset=self.position.offset + 1)
+            if article is None:
+                continue
             cut = self._cut(article)
-            usable = len(cut.pairs) >= needed
-            drawn = self.position.drawn
-            self.position = Position(
-                epoch=epoch,
-                offset=offset + 1,
-                drawn=drawn + usable,
-                skipped=self.position.skipped + (not usable),
-                last_article=cut.digest if usable else self.position.last_article,
-            )
-            if usable:
-                self._usable_in_pass += 1
+            if len(cut.pairs) >= needed:
+                drawn = self.position.drawn
+                self.position = replace(self.position, drawn=drawn + 1, last_article=cut.digest)
                 self._skipped_in_a_row = 0
-                return _draw(cut, self._config.num_pairs, self._num_probes, self._rng(drawn))
+                return _draw(cut, self._num_pairs, self._num_probes, self._rng(drawn))
+            self.position = replace(self.position, skipped=self.position.skipped + 1)
             self._skipped_in_a_row += 1
             if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:  # an endless corpus has no pass to end
                 raise self._nothing_usable(needed)
@@ -248,13 +255,13 @@ class PoolStream:
     def _nothing_usable(self, needed: int) -> CorpusError:
         return CorpusError(
             f"no article has enough text: {self._skipped_in_a_row} in a row were cut into fewer than the {needed} "
-            f"pairs needed (pairs.num_pairs {self._config.num_pairs} + {self._num_probes} probes, of "
+            f"pairs needed (pairs.num_pairs {self._num_pairs} + {self._num_probes} probes, of "
             f"{self._config.key_tokens} + {self._config.value_tokens} tokens); lower pairs.num_pairs or the lengths"
         )
 
     def _end_pass(self, needed: int) -> None:
-        if self._usable_in_pass == 0 and self.position.offset == self._skipped_in_a_row:
+        if self.position.drawn == self._drawn_before_pass:
             raise self._nothing_usable(needed)
-        self._usable_in_pass = 0
+        self._drawn_before_pass = self.position.drawn
         self.position = replace(self.position, epoch=self.position.epoch + 1, offset=0)
         self._articles = self._corpus.articles(self.position.epoch, 0)

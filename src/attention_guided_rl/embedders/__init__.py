@@ -7,8 +7,9 @@ from attention_guided_rl.embedders.attention import AttentionEmbedder
 from attention_guided_rl.embedders.hashing import HashingEmbedder
 from attention_guided_rl.environment import Embedder
 from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.network import Network
 
-EMBEDDERS: dict[str, Callable[[EmbedderConfig, LanguageModel], Embedder]] = {
-    "attention": AttentionEmbedder,
-    "hashing": HashingEmbedder,
+EMBEDDERS: dict[str, Callable[[EmbedderConfig, Network, LanguageModel], Embedder]] = {
+    "attention": lambda config, network, model: AttentionEmbedder(config, model),
+    "hashing": lambda config, network, model: HashingEmbedder(config, model),
 }

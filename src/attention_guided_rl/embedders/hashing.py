@@ -20,8 +20,8 @@ class HashingEmbedder:
     depends_on_policy = False
 
     def __init__(self, config: EmbedderConfig, model: LanguageModel) -> None:
-        self._dimensions, self._decode = config.dimensions, model.decode
-        self.identity = f"hashing/words/{config.dimensions}/unit"
+        self._dimensions, self._decode = config.dimensions or 4096, model.decode
+        self.identity = f"hashing/words/{self._dimensions}/unit"
 
     def embed_queries(self, ids: Int[Tensor, "B Q"], mask: Bool[Tensor, "B Q"]) -> Float[Tensor, "B 1 D"]:
         """Embed queries."""

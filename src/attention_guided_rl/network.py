@@ -1,0 +1,253 @@
+"""Network: the rules for what leaves this machine, and the folder that keeps what came back.
+
+In: NetworkConfig. Out: HTTP clients that refuse private addresses and endless replies, and repetition with a deadline.
+What a user names (a server on this machine, say) is trusted; an address that came from elsewhere is not.
+"""
+
+import email.utils
+import ipaddress
+import os
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
+
+import httpx2
+import tenacity
+
+from attention_guided_rl.config import NetworkConfig
+from attention_guided_rl.errors import ConfigError, RemoteError, StorageError, UnsafeError
+
+MAX_REPLY = 2**26  # bytes as sent
+MAX_RETRY_AFTER = 120.0  # seconds; a server that asks for more is as good as closed
+MAX_BACKOFF = 30.0  # seconds between repetitions
+CONNECT_TIMEOUT = 5.0  # seconds
+WIKIMEDIA = (
+    *("wikipedia.org", "wikimedia.org", "wikibooks.org", "wikinews.org", "wikiquote.org", "wikisource.org"),
+    *("wikiversity.org", "wikivoyage.org", "wiktionary.org", "wikidata.org", "mediawiki.org"),
+)
+
+Result = TypeVar("Result")
+
+
+class Transient(Exception):
+    """A failure that may pass. `retry_after`: seconds to wait, if the server said so."""
+
+    def __init__(self, cause: str, retry_after: float | None = None) -> None:
+        super().__init__(cause)
+        self.retry_after = retry_after
+
+
+class Network:
+    """What corpora and embedders are lent for reaching other machines."""
+
+    def __init__(self, config: NetworkConfig, *, account: str = "untitled", private_text: bool = False) -> None:
+        self.config = config
+        self.account = account
+        """Name under which spending is added up: that of the run."""
+        self.private_text = private_text
+        """Whether the articles are files of this machine, which may be nobody else's business."""
+        self.sleep: Callable[[float], None] = time.sleep
+
+    def cache(self, name: str) -> Path:
+        """Return the path of a file or folder in the cache; the cache is readable by this user only."""
+        root = self.config.cache or Path(
+            os.environ.get("AGRL_CACHE")
+            or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "attention-guided-rl")
+        )
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StorageError(f"network.cache: cannot make {root}: {error.strerror}") from error
+        return root / name
+
+    def require_online(self, what: str) -> None:
+        """Raise RemoteError if connections are not allowed."""
+        if self.config.offline:
+            raise RemoteError(f"{what} is not in the cache, and --offline allows no connection")
+
+    def client(self, address: str, *, trusted: bool, headers: dict[str, str] | None = None) -> httpx2.Client:
+        """Return a client for one service.
+
+        `trusted`: the user has named this address, so it may be private. Any other address that a redirect leads to
+        must be an https page of a Wikimedia project that resolves to public addresses.
+        """
+        home = web_address(address)
+        return httpx2.Client(
+            transport=_GuardedTransport(home, trusted, self.config),
+            headers={"User-Agent": self._user_agent(), **(headers or {})},
+            timeout=httpx2.Timeout(self.config.timeout_s, connect=CONNECT_TIMEOUT),
+            follow_redirects=True,
+            max_redirects=5,
+        )
+
+    def retry(self, service: str, attempt: Callable[[], Result]) -> Result:
+        """Call `attempt` until it raises no Transient, with growing random waits.
+
+        Raises:
+            RemoteError: the deadline would pass before the next repetition; names the service and the last cause.
+        """
+        backoff = tenacity.wait_random_exponential(multiplier=self.config.backoff_s, max=MAX_BACKOFF)
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            named = error.retry_after if isinstance(error, Transient) else None
+            return backoff(state) if named is None else named
+
+        stop_early = tenacity.stop_before_delay(self.config.deadline_s)
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Transient),
+            wait=wait,
+            stop=lambda state: stop_early(state) or state.upcoming_sleep > MAX_RETRY_AFTER,
+            sleep=lambda seconds: self.sleep(seconds),
+        )
+        try:
+            return retrying(attempt)
+        except tenacity.RetryError as error:
+            last, tries = error.last_attempt.exception(), error.last_attempt.attempt_number
+            asked = getattr(last, "retry_after", None)
+            asked = f"; it asks to wait {asked:.0f} s" if asked else ""
+            raise RemoteError(f"{service}: gave up after {tries} attempts: {last}{asked}") from last
+
+    def _user_agent(self) -> str:
+        contact = self.config.contact or "set network.contact to say who you are"
+        versions = (metadata.version("attention-guided-rl"), metadata.version("httpx2"))
+        return f"attention-guided-rl/{versions[0]} ({contact}) httpx2/{versions[1]}"
+
+
+def web_address(address: str) -> httpx2.URL:
+    """Return a checked http or https address.
+
+    Raises:
+        ConfigError: it is none, or holds a password (which would end in files and messages).
+    """
+    try:
+        url = httpx2.URL(address)
+    except httpx2.InvalidURL:
+        raise ConfigError(f"not a web address: {address[:100]!r}") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError(f"not a web address: {address[:100]!r}; it begins with https://")
+    if url.userinfo:
+        raise ConfigError(f"the address of {url.host} holds a user name or password; remove it")
+    return url
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host name can only mean this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def public_addresses(host: str) -> list[str]:
+    """Resolve a host name.
+
+    Raises:
+        UnsafeError: one of its addresses is of this machine or a private network.
+        httpx2.ConnectError: there is no such host.
+    """
+    try:
+        found = [str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError) as error:
+        raise httpx2.ConnectError(f"cannot resolve {host}: {error}") from error
+    for address in found:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        inner = [ip, *filter(None, (getattr(ip, "ipv4_mapped", None), getattr(ip, "sixtofour", None)))]
+        if not all(one.is_global for one in inner):
+            raise UnsafeError(f"{host} leads to the private address {address}; refused")
+    return found
+
+
+def retry_after(headers: httpx2.Headers) -> float | None:
+    """Return the seconds that a reply asks to wait (a number or a date), or None where it makes no sense."""
+    value = headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    return seconds if 0 <= seconds < float("inf") else None
+
+
+class _GuardedTransport(httpx2.BaseTransport):
+    """Opens a connection only where it may go, to the very address that was checked."""
+
+    def __init__(self, home: httpx2.URL, trusted: bool, config: NetworkConfig) -> None:
+        self._home, self._trusted, self._config = home, trusted, config
+        self._direct = httpx2.HTTPTransport(trust_env=True)
+        self._proxied = {
+            scheme: httpx2.HTTPTransport(proxy=proxy)
+            for scheme, proxy in urllib.request.getproxies().items()
+            if scheme in ("http", "https") and proxy.startswith("http")
+        }
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        url = request.url
+        if self._config.offline:
+            raise RemoteError(f"--offline: refused to connect to {url.host}")
+        at_home = (url.scheme, url.host, url.port) == (self._home.scheme, self._home.host, self._home.port)
+        if not at_home and not (url.scheme == "https" and _ends_in(url.host, WIKIMEDIA)):
+            raise UnsafeError(f"{self._home.host} redirects to {url.scheme}://{url.host}; refused")
+        response = self._send(request, check=not (at_home and self._trusted))
+        if isinstance(response.stream, httpx2.SyncByteStream):
+            response.stream = _BoundedStream(response.stream, time.monotonic() + 4 * self._config.timeout_s)
+        return response
+
+    def _send(self, request: httpx2.Request, *, check: bool) -> httpx2.Response:
+        url = request.url
+        proxy = self._proxied.get(url.scheme)
+        if proxy is not None and not urllib.request.proxy_bypass(url.host):
+            return proxy.handle_request(request)  # which resolves the name itself
+        if not check:
+            return self._direct.handle_request(request)
+        addresses = public_addresses(url.host)
+        for address in addresses:
+            pinned = httpx2.Request(
+                request.method,
+                url.copy_with(host=address),
+                headers=request.headers,  # Host included
+                stream=request.stream,
+                extensions={**request.extensions, "sni_hostname": url.host},
+            )
+            try:
+                return self._direct.handle_request(pinned)
+            except httpx2.ConnectError:
+                if address == addresses[-1]:
+                    raise
+        raise httpx2.ConnectError(f"{url.host} has no address")
+
+    def close(self) -> None:
+        for transport in (self._direct, *self._proxied.values()):
+            transport.close()
+
+
+class _BoundedStream(httpx2.SyncByteStream):
+    """The body of a reply, refused when it is too long or comes too slowly."""
+
+    def __init__(self, stream: httpx2.SyncByteStream, until: float) -> None:
+        self._stream, self._until = stream, until
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for chunk in self._stream:
+            size += len(chunk)
+            if size > MAX_REPLY:
+                raise httpx2.ReadError(f"the reply is longer than {MAX_REPLY} bytes")
+            if time.monotonic() > self._until:
+                raise httpx2.ReadTimeout("the reply comes too slowly")
+            yield chunk
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _ends_in(host: str, domains: tuple[str, ...]) -> bool:
+    return any(host == domain or host.endswith(f".{domain}") for domain in domains)
