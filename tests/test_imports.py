@@ -17,7 +17,9 @@ LAYERS = [
     ["errors", "records", "randomness", "selection", "statistics", "data.wikitext", "report", "report.figures"],
     ["config", "model", "distributed", "reward", "storage", "data.corpus"],
     ["rl_agent", "environment", "template", "loading", "tracking", "network", "data.hygiene", "data.encyclopedia"],
-    ["embedders.attention", "embedders.hashing", "data.files", "data.dump", "data.pairs", "objective", "scorer"],
+    ["embedders.cache"],
+    ["embedders.text"],
+    ["embedders.attention", "embedders.hashing", "embedders.openai", "embedders.sentence_transformers", "data.files", "data.dump", "data.pairs", "objective", "scorer"],
     ["embedders", "data", "rollouts"],
     ["session", "checkpoint"],
     ["update"],
@@ -36,7 +38,11 @@ ONLY_IN = {
     "torch.distributed": {"distributed"},
     "matplotlib": {"report.figures"},
     "tyro": {"cli"},
-    "httpx2": {"network"},
+    "httpx2": {"network", "embedders.openai", "data.wikipedia"},
+    "openai": {"embedders.openai"},
+    "sentence_transformers": {"embedders.sentence_transformers"},
+    "datasets": {"data.hub"},
+    "sqlite3": {"embedders.cache"},
     "tenacity": {"network"},
 }
 

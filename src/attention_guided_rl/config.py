@@ -230,6 +230,10 @@ class EmbedderConfig:
     """`sentence_transformers`: revision on the hub; None: the newest."""
     base_url: str | None = None
     """`openai`: address of the service up to /v1; None: $OPENAI_BASE_URL, else OpenAI's. The key is $OPENAI_API_KEY."""
+    query_prompt: str | None = None
+    """Text encoders: put before each query; None: the model's own prompt, if it has one."""
+    key_prompt: str | None = None
+    """Text encoders: put before each key; None: the model's own prompt, if it has one."""
     batch_texts: int | None = None
     """Most texts a request or forward; None: 2,048 for `openai`, 64 for `sentence_transformers`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -568,6 +572,8 @@ def dotted_fields(cls: type = Config, prefix: str = "") -> Iterator[str]:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
 
 

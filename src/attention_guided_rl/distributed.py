@@ -4,6 +4,7 @@ Each process holds a contiguous share of an update's articles, in rank order, so
 the global list: the same numbers in the same order for 1, 2 or 4 processes.
 """
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, distributed
 
 from attention_guided_rl.errors import ConfigError
 
+MEETING_INTERVAL = 0.002  # seconds between looks at who has come
+
 
 class Processes:
     """The processes of this run and this process's place among them."""
@@ -23,6 +26,7 @@ class Processes:
             raise ConfigError("training.device: cuda asked for, but PyTorch sees no GPU")
         self._state = PartialState(cpu=True) if device == "cpu" or not torch.cuda.is_available() else PartialState()
         self.device: torch.device = self._state.device
+        self._meetings = 0
 
     @property
     def count(self) -> int:
@@ -80,6 +84,20 @@ class Processes:
         distributed.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def rendezvous(self) -> None:
+        """Wait until every process is here, without a collective: one may be busy with the network for minutes.
+
+        A collective that waits longer than its backend's timeout ends the run; this only ends with the processes.
+        """
+        if self.count == 1:
+            return
+        self._meetings += 1
+        store = distributed.distributed_c10d._get_default_store()
+        store.set(f"agrl/{self._meetings}/{self.rank}", "here")
+        for rank in range(self.count):
+            while not store.check([f"agrl/{self._meetings}/{rank}"]):
+                time.sleep(MEETING_INTERVAL)
 
     def wait(self) -> None:
         """Wait until every process is here."""

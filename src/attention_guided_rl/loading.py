@@ -3,9 +3,11 @@
 Weights come from safetensors only, and no code from a model repository ever runs.
 """
 
+import contextlib
 import copy
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +34,30 @@ from attention_guided_rl.model import LanguageModel
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-lm"
 
 
-def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0) -> LanguageModel:
+def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, offline: bool = False) -> LanguageModel:
     """Load model and tokenizer and prepare the adapter or the frozen copy.
 
     Raises:
         ConfigError, CredentialsError, RemoteError, UnsafeError: the model cannot be used, with the reason.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    source = model_source(config)
-    options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": config.revision}
+    tokenizer = load_tokenizer(config, offline=offline)
+    source, options = _source(config, offline=offline)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-        causal_lm = AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=False, use_safetensors=True, dtype=dtype, **options
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ConfigError(f"model.name: cannot load {config.name!r}: {_one_line(error)}") from error
+    with _load_errors(config):
+        causal_lm = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype=dtype, **options)
     if len(tokenizer) > causal_lm.config.get_text_config().vocab_size:
         raise ConfigError(f"model.name: the tokenizer of {config.name!r} has more tokens than the model")
     bad = [name for name, p in causal_lm.named_parameters() if not torch.isfinite(p).all()]
     if bad:
         raise NumericError(f"model.name: {config.name!r} has non-finite weights, first in {bad[0]}")
     return prepare(causal_lm.to(device), tokenizer, config, seed=seed)  # type: ignore[arg-type]  # its wrapper
+
+
+def load_tokenizer(config: ModelConfig, *, offline: bool = False) -> Any:
+    """Load the tokenizer alone; errors as for `load_model`."""
+    source, options = _source(config, offline=offline)
+    with _load_errors(config):
+        return AutoTokenizer.from_pretrained(source, **options)
 
 
 def prepare(causal_lm: Any, tokenizer: Any, config: ModelConfig, *, seed: int = 0) -> LanguageModel:
@@ -82,7 +84,26 @@ def prepare(causal_lm: Any, tokenizer: Any, config: ModelConfig, *, seed: int = 
     return model
 
 
-def model_source(config: ModelConfig) -> str:
+def _source(config: ModelConfig, *, offline: bool) -> tuple[str, dict[str, Any]]:
+    """Return what to load and how."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    source = model_source(config, offline=offline)
+    hub = {} if Path(source).is_dir() else {"revision": config.revision, "local_files_only": offline}
+    return source, {"trust_remote_code": False, **hub}
+
+
+@contextlib.contextmanager
+def _load_errors(config: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError),
+    ) as error:
+        raise ConfigError(f"model.name: cannot load {config.name!r}: {_one_line(error)}") from error
+
+
+def model_source(config: ModelConfig, *, offline: bool = False) -> str:
     """Return the folder or hub name to load from, after checking that it is there, allowed and free of code."""
     if config.name == "tiny":
         return str(BUNDLED_MODEL)
@@ -94,7 +115,7 @@ def model_source(config: ModelConfig) -> str:
     elif folder.is_absolute() or config.name.startswith(".") or config.name.count("/") > 1:
         raise ConfigError(f"model.name: there is no folder {config.name!r}")
     else:
-        config_file = _hub_config(config)
+        config_file = _hub_config(config, offline=offline)
     try:
         contents = json.loads(config_file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -106,15 +127,12 @@ def model_source(config: ModelConfig) -> str:
     return config.name
 
 
-def max_positions(config: ModelConfig) -> int:
+def max_positions(config: ModelConfig, *, offline: bool = False) -> int:
     """Return the longest row the model can read, from its config alone, before any weights load."""
-    source = model_source(config)
-    options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": config.revision}
-    try:
-        loaded = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    source, options = _source(config, offline=offline)
+    with _load_errors(config):
+        loaded = AutoConfig.from_pretrained(source, **options)
         return int(loaded.get_text_config().max_position_embeddings)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"model.name: cannot load {config.name!r} as a language model: {_one_line(error)}") from error
 
 
 def _tokenizer_wants_code(folder: Path) -> bool:
@@ -129,12 +147,12 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _hub_config(config: ModelConfig) -> Path:
+def _hub_config(config: ModelConfig, *, offline: bool) -> Path:
     """Fetch config.json of a hub model, which tells apart: no such model, no access, no network."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not news to the reader
     name = config.name
     try:
-        return Path(hf_hub_download(name, "config.json", revision=config.revision))
+        return Path(hf_hub_download(name, "config.json", revision=config.revision, local_files_only=offline))
     except GatedRepoError:
         raise CredentialsError(
             f"model.name: {name!r} is gated: accept its licence at https://huggingface.co/{name}, make a token at "
@@ -142,9 +160,8 @@ def _hub_config(config: ModelConfig) -> Path:
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError) as error:
         if isinstance(error, LocalEntryNotFoundError):
-            raise RemoteError(
-                f"model.name: {name!r} is neither a folder nor in the local cache, and the hub cannot be reached"
-            ) from None
+            why = "--offline allows no connection" if offline else "the hub cannot be reached"
+            raise RemoteError(f"model.name: {name!r} is neither a folder nor in the local cache, and {why}") from None
         raise ConfigError(
             f"model.name: no model {name!r} (revision {config.revision or 'newest'}): it is neither a folder here nor "
             "on the hub, or it is private and HF_TOKEN is not set"

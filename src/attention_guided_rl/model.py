@@ -158,12 +158,11 @@ class LanguageModel:
 
     def encode(self, text: str) -> list[int]:
         """Encode article text; strings that look like control tokens stay ordinary text."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return list(ids)
+        return encode_text(self.tokenizer, text)
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, for display and for text embedders only."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return decode_ids(self.tokenizer, ids)
 
     def attention_projections(
         self, ids: Int[Tensor, "M T"], mask: Bool[Tensor, "M T"]
@@ -222,6 +221,16 @@ class LanguageModel:
         special = [i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special and i < len(allowed)]
         allowed[special] = False
         return allowed.to(self.device)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Encode article text; strings that look like control tokens stay ordinary text."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def decode_ids(tokenizer: Any, ids: list[int]) -> str:
+    """Return the text of ids, special tokens included."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _last_attention(body: nn.Module) -> nn.Module:

@@ -87,15 +87,18 @@ class Session:
         processes.share(config.rollout.articles)
         if config.log.tensorboard:
             require_tensorboard()
-        available = max_positions(config.model)
+        available = max_positions(config.model, offline=config.network.offline)
         context = config.rollout.context_tokens or available
         if context > available:
             raise ConfigError(f"rollout.context_tokens ({context}) exceeds the model's context of {available} tokens")
 
         if processes.is_main and hasattr(make_embedder, "preflight"):
             make_embedder.preflight(config.embedder, self.network)
+        processes.rendezvous()
 
-        self.model: LanguageModel = load_model(config.model, processes.device, seed=config.training.seed)
+        self.model: LanguageModel = load_model(
+            config.model, processes.device, seed=config.training.seed, offline=config.network.offline
+        )
         self.template: Template = build_template(self.model.tokenizer, config.template)
         self.num_pairs, self.num_steps = self._resolve_sizes(context)
         self.embedder: Embedder = make_embedder(config.embedder, self.network, self.model)
@@ -109,12 +112,7 @@ class Session:
         """Return N and S with `auto` resolved."""
         c = self.config
         fits = self.template.steps_that_fit(context, c.rollout.query_tokens, c.pairs.value_tokens)
-        num_pairs = c.pairs.num_pairs
-        if num_pairs == "auto":
-            article = next(filter(None, self._corpus(c.corpus).articles(0, 0)), None)
-            num_pairs = min(fits, len(cut_article(article, self.model.encode, c.pairs).pairs)) if article else 0
-            if num_pairs < 2:
-                raise CorpusError(f"corpus.title: {c.corpus.title!r} has {num_pairs} pairs; choose a longer article")
+        num_pairs = self._all_that_fit(fits) if c.pairs.num_pairs == "auto" else c.pairs.num_pairs
         steps = min(fits, num_pairs) if c.rollout.steps == "auto" else c.rollout.steps
         if steps < 1 or steps > fits:
             raise ConfigError(
@@ -123,6 +121,16 @@ class Session:
                 f"more than the context of {context}; lower the steps or the token counts"
             )
         return num_pairs, steps
+
+    def _all_that_fit(self, fits: int) -> int:
+        article = next(filter(None, self._corpus(self.config.corpus).articles(0, 0)), None)
+        has = 0 if article is None else len(cut_article(article, self.model.encode, self.config.pairs).pairs)
+        if min(fits, has) < 2:
+            raise CorpusError(
+                f"corpus.title: {self.config.corpus.title!r} gives {has} pairs, of which the context holds {fits}; "
+                "choose a longer article or shorter pairs"
+            )
+        return min(fits, has)
 
     def _corpus(self, corpus: CorpusConfig) -> Corpus:
         make: Callable[[CorpusConfig, Network], Corpus] = resolve(CORPORA, corpus.kind, "corpus.kind")

@@ -1,0 +1,221 @@
+"""OpenAI embedder: text-embedding-ada-002, its successors, and any server with the same interface.
+
+In: texts. Out: unit vectors, each checked and put in its place by the index in the reply. The key comes from
+OPENAI_API_KEY only; the address from `embedder.base_url`, then OPENAI_BASE_URL, then OpenAI's.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+from jaxtyping import Float32
+
+from attention_guided_rl.config import EmbedderConfig
+from attention_guided_rl.embedders.cache import NANO, Ledger, VectorStore
+from attention_guided_rl.embedders.text import STORE, TextEmbedder, check_canaries
+from attention_guided_rl.errors import AgrlError, ConfigError, CredentialsError, RemoteError, SpendError, UnsafeError
+from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.network import Network, Transient, is_loopback, retry_after, web_address
+
+DEFAULT_URL = "https://api.openai.com/v1"
+DEFAULT_MODEL = "text-embedding-ada-002"
+USD_PER_MILLION_TOKENS = {  # at OpenAI, November 2026
+    "text-embedding-ada-002": 0.10,
+    "text-embedding-3-small": 0.02,
+    "text-embedding-3-large": 0.13,
+}
+MAX_TEXTS = 2048  # of a request
+MAX_TEXT_TOKENS = 8192
+MAX_REQUEST_TOKENS = 300_000
+MAX_MALFORMED = 5  # unusable replies to one request; a service that gives more is broken, not busy
+
+
+class OpenAIEmbedder(TextEmbedder):
+    """Embedder over an OpenAI-compatible service."""
+
+    def __init__(self, config: EmbedderConfig, network: Network, model: LanguageModel) -> None:
+        super().__init__(OpenAIEncoder(config, network), network, model.decode)
+
+    @staticmethod
+    def preflight(config: EmbedderConfig, network: Network) -> None:
+        """Find out before anything large is loaded whether the service may be used and answers as it did."""
+        encoder = OpenAIEncoder(config, network)
+        if network.private_text and encoder.is_remote and not config.send_local_text:
+            raise UnsafeError(
+                f"the corpus is on this machine, and its keys would be sent to {encoder.host}; to allow that, set "
+                "embedder.send_local_text: true (agrl train --dry-run shows how much it is)"
+            )
+        if not network.config.offline:
+            check_canaries(encoder, encoder.store)
+
+    @staticmethod
+    def price(config: EmbedderConfig) -> tuple[str, float]:
+        """Return the host and the price in dollars per million tokens."""
+        url = service_address(config)
+        return url.host, _price(config, url)
+
+
+class OpenAIEncoder:
+    """One model at one service."""
+
+    def __init__(self, config: EmbedderConfig, network: Network) -> None:
+        url = service_address(config)
+        self.host, self.is_remote = url.host, not is_loopback(url.host)
+        self._model = config.model or DEFAULT_MODEL
+        self._dimensions = config.dimensions
+        self._max_texts = min(config.batch_texts or MAX_TEXTS, MAX_TEXTS)
+        place = f"{url.host}{'' if url.port is None else f':{url.port}'}{url.path.rstrip('/')}"
+        self.identity = f"openai/{place}/{self._model}/{config.dimensions or 'native'}/unit"
+        self.query_prompt, self.key_prompt = config.query_prompt or "", config.key_prompt or ""
+        self._nano_usd_per_token = math.ceil(_price(config, url) * NANO / 1_000_000)
+        self._network = network
+        self.store = VectorStore(network.cache(STORE))
+        self.ledger = Ledger(self.store, network.account, config.max_usd)
+        self._client = openai.OpenAI(
+            api_key=_key(url),
+            base_url=str(url),
+            max_retries=0,  # repetition is ours: with a deadline, a ledger and checks of what came back
+            timeout=httpx2.Timeout(network.config.timeout_s, connect=5.0),
+            http_client=network.client(str(url), trusted=True),
+        )
+
+    def batches(self, texts: Sequence[str]) -> Iterator[list[str]]:
+        """Divide texts by the service's limits on texts and tokens of a request."""
+        batch: list[str] = []
+        tokens = 0
+        for text in texts:
+            more = max_tokens(text)
+            if batch and (len(batch) == self._max_texts or tokens + more > MAX_REQUEST_TOKENS):
+                yield batch
+                batch, tokens = [], 0
+            batch.append(text)
+            tokens += more
+        if batch:
+            yield batch
+
+    def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "M D"]:
+        """Ask for the vectors of one batch, as often as it takes.
+
+        Raises:
+            RemoteError, CredentialsError, SpendError: the service cannot be used; what came before is stored.
+        """
+        self._network.require_online(f"a text for {self.identity}")
+        num_malformed = 0
+
+        def attempt() -> Float32[np.ndarray, "M D"]:
+            nonlocal num_malformed
+            try:
+                return self._ask(texts)
+            except _MalformedError as error:
+                num_malformed += 1
+                if num_malformed == MAX_MALFORMED:
+                    raise RemoteError(f"{self._model} at {self.host}: {error}, {MAX_MALFORMED} times") from error
+                raise Transient(str(error)) from error
+
+        return self._network.retry(f"embeddings of {self._model} at {self.host}", attempt)
+
+    def _ask(self, texts: Sequence[str]) -> Float32[np.ndarray, "M D"]:
+        """Send one request, with the most that it can cost set aside before."""
+        bound = sum(map(max_tokens, texts)) * self._nano_usd_per_token
+        entry = self.ledger.reserve(bound)
+        options: dict[str, Any] = {} if self._dimensions is None else {"dimensions": self._dimensions}
+        try:
+            reply = self._client.embeddings.create(input=[_cut(text) for text in texts], model=self._model, **options)
+        except openai.APIStatusError as error:
+            self.ledger.settle(entry, 0)  # a refusal is not billed
+            raise self._refusal(error) from error
+        except openai.APIConnectionError as error:  # a timeout may have been billed: what was reserved stays
+            if isinstance(error.__cause__, AgrlError):
+                raise error.__cause__ from None
+            if isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout):
+                self.ledger.settle(entry, 0)
+            raise Transient(f"no answer ({error.__cause__ or error})") from error
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise _MalformedError(f"not a list of embeddings ({type(error).__name__})") from error
+        vectors = _checked(reply, len(texts), self._dimensions)
+        used = getattr(getattr(reply, "usage", None), "total_tokens", None)
+        if isinstance(used, int) and used > 0:
+            self.ledger.settle(entry, used * self._nano_usd_per_token)
+        return vectors
+
+    def _refusal(self, error: openai.APIStatusError) -> Exception:
+        """Return what an HTTP status other than success means."""
+        status, service = error.status_code, f"{self._model} at {self.host}"
+        said = " ".join(str(error.message).split())[:200]
+        if error.code == "insufficient_quota" or error.type == "insufficient_quota":
+            return SpendError(f"{service}: the quota of this account is used up ({said}); add credit, then resume")
+        if status in (401, 403):
+            return CredentialsError(f"{service}: refused the key ({status}: {said}); set OPENAI_API_KEY to a valid one")
+        if status == 404:
+            return CredentialsError(f"{service}: not there, or not open to this key ({said}); check embedder.model")
+        if status in (408, 409, 429) or status >= 500:
+            return Transient(f"status {status} ({said})", retry_after(error.response.headers))
+        return RemoteError(f"{service}: refused the request ({status}: {said})")
+
+
+class _MalformedError(Exception):
+    """A reply that does not hold the vectors asked for."""
+
+
+def service_address(config: EmbedderConfig) -> httpx2.URL:
+    """Return the address of the service."""
+    return web_address(config.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL)
+
+
+def max_tokens(text: str) -> int:
+    """Return what no tokenizer over bytes exceeds: the number of bytes, of a text as it is sent."""
+    return min(len(text.encode()), MAX_TEXT_TOKENS)
+
+
+def _cut(text: str) -> str:
+    """Return the text, or of a longer one as much as surely fits."""
+    data = text.encode()
+    return text if len(data) <= MAX_TEXT_TOKENS else data[:MAX_TEXT_TOKENS].decode(errors="ignore")
+
+
+def _price(config: EmbedderConfig, url: httpx2.URL) -> float:
+    if config.usd_per_million_tokens is not None:
+        return config.usd_per_million_tokens
+    if url.host != web_address(DEFAULT_URL).host:
+        return 0.0
+    model = config.model or DEFAULT_MODEL
+    if model not in USD_PER_MILLION_TOKENS:
+        raise ConfigError(f"embedder.usd_per_million_tokens: set the price of {model!r}, which is not known here")
+    return USD_PER_MILLION_TOKENS[model]
+
+
+def _key(url: httpx2.URL) -> str:
+    key = os.environ.get("OPENAI_API_KEY", "")
+    if url.scheme != "https" and not is_loopback(url.host):
+        if key:
+            warnings.warn(f"OPENAI_API_KEY is not sent to {url.host}, whose address is not https", stacklevel=2)
+        return "none"
+    if not key and url.host == web_address(DEFAULT_URL).host:
+        raise CredentialsError("embedder.kind: openai needs a key: set the environment variable OPENAI_API_KEY")
+    return key or "none"
+
+
+def _checked(reply: Any, num_texts: int, dimensions: int | None) -> Float32[np.ndarray, "M D"]:
+    """Return the vectors in the order of the texts, of unit length."""
+    try:
+        items = {item.index: np.asarray(item.embedding, np.float64) for item in reply.data}
+        count = len(reply.data)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _MalformedError(f"not a list of embeddings ({type(error).__name__})") from error
+    if count != num_texts or set(items) != set(range(num_texts)):
+        raise _MalformedError(f"{num_texts} texts sent, {len(items)} distinct of {count} embeddings came back")
+    shapes = {vector.shape for vector in items.values()}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 1 or shapes == {(0,)}:
+        raise _MalformedError("embeddings of unequal length")
+    vectors = np.stack([items[i] for i in range(num_texts)])
+    if dimensions is not None and vectors.shape[1] != dimensions:
+        raise _MalformedError(f"embeddings of {vectors.shape[1]} dimensions, embedder.dimensions is {dimensions}")
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not np.isfinite(norms).all() or (norms < 1e-6).any():
+        raise _MalformedError("an embedding that is not finite, or zero")
+    return (vectors / norms).astype(np.float32)

@@ -1,0 +1,133 @@
+"""Text embedder: what every encoder of texts, remote or local, has in common.
+
+In: token ids of queries and keys. Out: unit vectors. Ids are decoded, each distinct text is looked up in the vector
+store, and only what is missing goes to the encoder, in as few batches as it allows. Whitespace is never sent.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int
+from torch import Tensor
+
+from attention_guided_rl.embedders.cache import VectorStore
+from attention_guided_rl.errors import CheckpointError, RemoteError
+from attention_guided_rl.network import Network
+
+STORE = "embeddings.sqlite"
+CLAIM_WAIT = 0.02  # seconds between looks at what another process is computing
+MIN_CANARY_COSINE = 0.999
+_LONG = "The keeper of the tower counts the boats, writes the number down, and closes the book for the night; " * 4
+CANARIES = (
+    "The mill stands by the river.",
+    "Query: which guild keeps the silver seal?",
+    "1 2 3 4 5 6 7 8 9 10",
+    "Ein Garten hinter der Mauer.",
+    "red, green, blue; north, south",
+    "def read(order): return [values[i] for i in order]",
+    _LONG + "It is the first of May.",
+    _LONG + "It snows on the harbour.",
+)
+"""Texts embedded at every start: other vectors than last time mean another model under the same name. The last two
+differ only at the end, so equal vectors mean that the server cuts its input short without saying so."""
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Texts to vectors. What it returns is stored, so it is asked once per text."""
+
+    identity: str
+    """Endpoint or library, model, dimensions, normalisation: vectors of another identity are never mixed in."""
+    query_prompt: str
+    """Text put before each query."""
+    key_prompt: str
+    """Text put before each key."""
+
+    def batches(self, texts: Sequence[str]) -> Iterable[Sequence[str]]:
+        """Divide texts into batches that `encode` takes at once."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "M D"]:
+        """Return one finite unit vector for each text, in order."""
+        ...
+
+
+class TextEmbedder:
+    """An Embedder over a TextEncoder and the vector store."""
+
+    depends_on_policy = False
+
+    def __init__(self, encoder: TextEncoder, network: Network, decode: Callable[[list[int]], str]) -> None:
+        """Open the store.
+
+        Raises:
+            RemoteError: the encoder has never been asked for its canaries, so nothing is known of it.
+        """
+        self.identity = encoder.identity
+        self._encoder, self._network, self._decode = encoder, network, decode
+        self._store = VectorStore(network.cache(STORE))
+        canaries = self._store.get(_canary_identity(encoder), CANARIES)
+        if not canaries:
+            raise RemoteError(f"embedder: {encoder.identity} has not answered yet; run once without --offline")
+        self._dimensions = len(next(iter(canaries.values())))
+
+    def embed_queries(self, ids: Int[Tensor, "B Q"], mask: Bool[Tensor, "B Q"]) -> Float[Tensor, "B 1 D"]:
+        """Embed queries in one batched call; whitespace gives the zero vector."""
+        return self._embed(ids, mask, self._encoder.query_prompt)
+
+    def embed_keys(self, ids: Int[Tensor, "M K"], mask: Bool[Tensor, "M K"]) -> Float[Tensor, "M 1 D"]:
+        """Embed keys."""
+        return self._embed(ids, mask, self._encoder.key_prompt)
+
+    def _embed(self, ids: Tensor, mask: Tensor, prompt: str) -> Tensor:
+        rows = zip(ids.tolist(), mask.tolist(), strict=True)
+        texts = [self._decode([token for token, real in zip(*row, strict=True) if real]) for row in rows]
+        vectors = self._vectors(list(dict.fromkeys(prompt + text for text in texts if text.strip())))
+        nothing = np.zeros(self._dimensions, np.float32)
+        chosen = [vectors[prompt + text] if text.strip() else nothing for text in texts]
+        return torch.from_numpy(np.stack(chosen))[:, None].to(ids.device)
+
+    def _vectors(self, texts: list[str]) -> dict[str, Float32[np.ndarray, " D"]]:
+        """Look texts up and have the missing ones encoded; what another process is at, is waited for."""
+        found = self._store.get(self.identity, texts)
+        try:
+            while missing := [text for text in texts if text not in found]:
+                mine = self._store.claim(self.identity, missing, seconds=2 * self._network.config.deadline_s)
+                for batch in self._encoder.batches(mine):
+                    encoded = dict(zip(batch, self._encoder.encode(batch), strict=True))
+                    found |= self._store.put(self.identity, encoded)
+                if len(mine) < len(missing):
+                    found |= self._store.get(self.identity, [text for text in missing if text not in found])
+                    if not mine:
+                        time.sleep(CLAIM_WAIT)
+        except BaseException:
+            self._store.release()
+            raise
+        return found
+
+
+def check_canaries(encoder: TextEncoder, store: VectorStore) -> None:
+    """Embed the canaries afresh and compare them with those of earlier starts.
+
+    Raises:
+        CheckpointError: the model behind this name has changed, so stored vectors do not go with new ones.
+        RemoteError: the service cuts its input short.
+    """
+    fresh = dict(zip(CANARIES, encoder.encode(CANARIES), strict=True))
+    if float(fresh[CANARIES[-1]] @ fresh[CANARIES[-2]]) > 1 - 1e-6:
+        raise RemoteError(f"embedder: {encoder.identity} gives one vector for texts that differ at the end only")
+    stored = store.put(_canary_identity(encoder), fresh)
+    same_size = all(len(stored[text]) == len(fresh[text]) for text in CANARIES)
+    cosine = min(float(stored[text] @ fresh[text]) for text in CANARIES) if same_size else 0.0
+    if cosine < MIN_CANARY_COSINE:
+        raise CheckpointError(
+            f"embedder: the model behind {encoder.identity} has changed (cosine {cosine:.3f} to its earlier vectors "
+            "for the same texts); earlier runs cannot go on with it, and a new run needs another network.cache"
+        )
+
+
+def _canary_identity(encoder: TextEncoder) -> str:
+    return f"{encoder.identity}/canaries"
