@@ -1,11 +1,13 @@
 """The command line: parse, call, turn errors into one line and an exit code. No logic of its own.
 
-Exit codes: 0 done · 2 usage or configuration · 3 corpus · 4 credentials · 5 remote service · 7 checkpoint · 8 storage
-· 9 non-finite numbers · 12 run folder in use · 13 refused for safety · 70 a bug of ours · 130/143 interrupted, saved.
+Exit codes: 0 done · 2 usage or configuration · 3 corpus · 4 credentials · 5 remote service · 6 spending cap or quota ·
+7 checkpoint · 8 storage · 9 non-finite numbers · 12 run folder in use · 13 refused for safety · 70 a bug of ours ·
+130/143 interrupted, saved.
 """
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 import traceback
@@ -18,6 +20,7 @@ from typing import Any, NoReturn
 import yaml
 
 from attention_guided_rl.errors import AgrlError, ConfigError
+from attention_guided_rl.secrets import redact
 
 # Everything heavy (torch, transformers) is imported by the command that needs it, so that --help stays fast.
 
@@ -27,6 +30,8 @@ DESCRIPTION = "A language model learns to direct its own reading."
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     logging.basicConfig(format="agrl: %(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_redact_record)
     warnings.simplefilter("ignore")  # what libraries deprecate is not for the person who reads a run
     warnings.filterwarnings("always", module=r"attention_guided_rl\.")
     warnings.showwarning = _show_warning
@@ -34,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except AgrlError as error:
-        print(f"agrl: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"agrl: error: {redact(' '.join(str(error).splitlines()))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         return 0
@@ -42,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("agrl: interrupted", file=sys.stderr)
         return 130
     except Exception:
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr)
         print("agrl: error: a bug of ours; please report the lines above", file=sys.stderr)
         return AgrlError.exit_code
 
@@ -64,6 +69,9 @@ def _dispatch(arguments: list[str]) -> int:
         _print_config_help(options.command)
         return 0
     overrides = parse_overrides(rest)
+    if options.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported
+        overrides["network.offline"] = True
     return int(options.run_command(options, overrides))
 
 
@@ -130,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, run: Any, summary: str, *, configurable: bool) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary, add_help=not configurable)
         command.set_defaults(run_command=run)
+        command.add_argument("--offline", action="store_true", help="open no connection: local files and caches only")
         if configurable:
             command.add_argument("--preset", metavar="NAME", help="demo, or a file name in configs/")
             command.add_argument("--config", metavar="FILE", type=Path, action="append", default=[])
@@ -138,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "train a query policy and evaluate it", configurable=True)
     train.add_argument("--run", metavar="NAME", help="name of the run folder; default: <preset>-<UTC time>")
     train.add_argument("--resume", action="store_true", help="go on with --run NAME, or with the newest run")
+    train.add_argument("--dry-run", action="store_true", help="show what an embedding service would get, and stop")
     train.add_argument("--runs-folder", metavar="FOLDER", type=Path, default=Path("runs"))
 
     evaluate = add("evaluate", _evaluate, "measure a run against simple readers", configurable=False)
@@ -158,7 +168,9 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from attention_guided_rl import runs
     from attention_guided_rl.config import load_config
+    from attention_guided_rl.dry_run import dry_run
     from attention_guided_rl.errors import RunInUseError
+    from attention_guided_rl.tracking import make_console
 
     if options.resume:
         if options.run is not None:
@@ -173,6 +185,9 @@ def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
         if folder.exists():
             raise RunInUseError(f"{folder} exists; choose another --run, or add --resume to go on with it")
         config = load_config(options.preset, options.config, overrides)
+    if options.dry_run:
+        dry_run(config, make_console())
+        return 0
     resume_command = f"agrl train --run {folder.name} --resume"
     if options.runs_folder != Path("runs"):
         resume_command += f" --runs-folder {shlex.quote(str(options.runs_folder))}"
@@ -252,5 +267,10 @@ def _print_config_help(command: str) -> None:
         return
 
 
+def _redact_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
+
+
 def _show_warning(message: Warning | str, *rest: Any, **options: Any) -> None:
-    print(f"agrl: warning: {message}", file=sys.stderr)
+    print(f"agrl: warning: {redact(str(message))}", file=sys.stderr)

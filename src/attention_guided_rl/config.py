@@ -160,6 +160,15 @@ class CorpusConfig:
             _require(self.title is None, "corpus.title has no meaning for the generated encyclopedia; set corpus.kind")
 
     @property
+    def label(self) -> str:
+        """What is read, in a few words and without folders of this machine."""
+        if self.kind == "encyclopedia":
+            return f"{self.kind} {self.variant}"
+        path = self.path and self.path.name
+        what = self.title or self.category or path or self.name or (self.random and f"{self.random} random articles")
+        return f"{self.kind} {what or ', '.join(self.titles)}"
+
+    @property
     def num_pairs(self) -> int:
         """`encyclopedia`: pairs of an article."""
         return self.subjects * self.pairs_per_subject

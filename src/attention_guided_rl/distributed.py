@@ -4,8 +4,9 @@ Each process holds a contiguous share of an update's articles, in rank order, so
 the global list: the same numbers in the same order for 1, 2 or 4 processes.
 """
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -98,6 +99,15 @@ class Processes:
         for rank in range(self.count):
             while not store.check([f"agrl/{self._meetings}/{rank}"]):
                 time.sleep(MEETING_INTERVAL)
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process through before the others: what it has fetched and paid for, they find in the cache."""
+        if not self.is_main:
+            self.rendezvous()
+        yield
+        if self.is_main:
+            self.rendezvous()
 
     def wait(self) -> None:
         """Wait until every process is here."""

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ import tenacity
 from attention_guided_rl.config import NetworkConfig
 from attention_guided_rl.errors import ConfigError, RemoteError, StorageError, UnsafeError
 
-MAX_REPLY = 2**26  # bytes as sent
+MAX_REPLY = 2**26  # bytes, unpacked
 MAX_RETRY_AFTER = 120.0  # seconds; a server that asks for more is as good as closed
 MAX_BACKOFF = 30.0  # seconds between repetitions
 CONNECT_TIMEOUT = 5.0  # seconds
@@ -29,6 +30,10 @@ WIKIMEDIA = (
     *("wikipedia.org", "wikimedia.org", "wikibooks.org", "wikinews.org", "wikiquote.org", "wikisource.org"),
     *("wikiversity.org", "wikivoyage.org", "wiktionary.org", "wikidata.org", "mediawiki.org"),
 )
+
+_PIECE = 2**16  # bytes unpacked at once
+_EMBEDDING = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b::/96")))  # they end in an IPv4 address
+_LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
 
 Result = TypeVar("Result")
 
@@ -78,7 +83,7 @@ class Network:
         home = web_address(address)
         return httpx2.Client(
             transport=_GuardedTransport(home, trusted, self.config),
-            headers={"User-Agent": self._user_agent(), **(headers or {})},
+            headers={"User-Agent": self._user_agent(), "Accept-Encoding": "gzip", **(headers or {})},
             timeout=httpx2.Timeout(self.config.timeout_s, connect=CONNECT_TIMEOUT),
             follow_redirects=True,
             max_redirects=5,
@@ -95,7 +100,7 @@ class Network:
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
             named = error.retry_after if isinstance(error, Transient) else None
-            return backoff(state) if named is None else named
+            return max(named or 0.0, backoff(state))  # some servers ask for 0 seconds, again and again
 
         stop_early = tenacity.stop_before_delay(self.config.deadline_s)
         retrying = tenacity.Retrying(
@@ -114,6 +119,8 @@ class Network:
 
     def _user_agent(self) -> str:
         contact = self.config.contact or "set network.contact to say who you are"
+        if not (contact.isascii() and contact.isprintable()):
+            raise ConfigError(f"network.contact must be one line of plain ASCII, got {contact!r}")
         versions = (metadata.version("attention-guided-rl"), metadata.version("httpx2"))
         return f"attention-guided-rl/{versions[0]} ({contact}) httpx2/{versions[1]}"
 
@@ -124,12 +131,13 @@ def web_address(address: str) -> httpx2.URL:
     Raises:
         ConfigError: it is none, or holds a password (which would end in files and messages).
     """
+    shown = repr(address.rpartition("@")[2][:100])
     try:
         url = httpx2.URL(address)
     except httpx2.InvalidURL:
-        raise ConfigError(f"not a web address: {address[:100]!r}") from None
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError(f"not a web address: {address[:100]!r}; it begins with https://")
+        raise ConfigError(f"not a web address: {shown}") from None
+    if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 443) < 2**16:
+        raise ConfigError(f"not a web address: {shown}; it begins with https://")
     if url.userinfo:
         raise ConfigError(f"the address of {url.host} holds a user name or password; remove it")
     return url
@@ -157,9 +165,7 @@ def public_addresses(host: str) -> list[str]:
     except (OSError, UnicodeError) as error:
         raise httpx2.ConnectError(f"cannot resolve {host}: {error}") from error
     for address in found:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        inner = [ip, *filter(None, (getattr(ip, "ipv4_mapped", None), getattr(ip, "sixtofour", None)))]
-        if not all(one.is_global for one in inner):
+        if not _is_public(address):
             raise UnsafeError(f"{host} leads to the private address {address}; refused")
     return found
 
@@ -172,7 +178,7 @@ def retry_after(headers: httpx2.Headers) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     return seconds if 0 <= seconds < float("inf") else None
 
@@ -183,11 +189,8 @@ class _GuardedTransport(httpx2.BaseTransport):
     def __init__(self, home: httpx2.URL, trusted: bool, config: NetworkConfig) -> None:
         self._home, self._trusted, self._config = home, trusted, config
         self._direct = httpx2.HTTPTransport(trust_env=True)
-        self._proxied = {
-            scheme: httpx2.HTTPTransport(proxy=proxy)
-            for scheme, proxy in urllib.request.getproxies().items()
-            if scheme in ("http", "https") and proxy.startswith("http")
-        }
+        self._proxies = _proxies()
+        self._proxied: dict[str, httpx2.HTTPTransport] = {}
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         url = request.url
@@ -197,15 +200,19 @@ class _GuardedTransport(httpx2.BaseTransport):
         if not at_home and not (url.scheme == "https" and _ends_in(url.host, WIKIMEDIA)):
             raise UnsafeError(f"{self._home.host} redirects to {url.scheme}://{url.host}; refused")
         response = self._send(request, check=not (at_home and self._trusted))
+        encoding = response.headers.pop("content-encoding", "").lower() or "identity"
+        if encoding not in ("identity", "gzip"):  # not asked for; nested ones can unpack a thousandfold each
+            response.close()
+            raise httpx2.RemoteProtocolError("the reply is in an encoding that was not asked for")
         if isinstance(response.stream, httpx2.SyncByteStream):
-            response.stream = _BoundedStream(response.stream, time.monotonic() + 4 * self._config.timeout_s)
+            until = time.monotonic() + 4 * self._config.timeout_s
+            response.stream = _BoundedStream(response.stream, until, gzipped=encoding == "gzip")
         return response
 
     def _send(self, request: httpx2.Request, *, check: bool) -> httpx2.Response:
         url = request.url
-        proxy = self._proxied.get(url.scheme)
-        if proxy is not None and not urllib.request.proxy_bypass(url.host):
-            return proxy.handle_request(request)  # which resolves the name itself
+        if url.scheme in self._proxies and not urllib.request.proxy_bypass(url.host):
+            return self._proxy(url.scheme).handle_request(request)  # which resolves the name itself
         if not check:
             return self._direct.handle_request(request)
         addresses = public_addresses(url.host)
@@ -219,10 +226,18 @@ class _GuardedTransport(httpx2.BaseTransport):
             )
             try:
                 return self._direct.handle_request(pinned)
-            except httpx2.ConnectError:
+            except (httpx2.ConnectError, httpx2.ConnectTimeout):
                 if address == addresses[-1]:
                     raise
         raise httpx2.ConnectError(f"{url.host} has no address")
+
+    def _proxy(self, scheme: str) -> httpx2.HTTPTransport:
+        if scheme not in self._proxied:
+            address = self._proxies[scheme]
+            if not address.startswith(("http://", "https://")):  # to pass it by might tell who is asking
+                raise ConfigError(f"{scheme.upper()}_PROXY or ALL_PROXY: only http proxies are supported; name one")
+            self._proxied[scheme] = httpx2.HTTPTransport(proxy=address)
+        return self._proxied[scheme]
 
     def close(self) -> None:
         for transport in (self._direct, *self._proxied.values()):
@@ -230,23 +245,56 @@ class _GuardedTransport(httpx2.BaseTransport):
 
 
 class _BoundedStream(httpx2.SyncByteStream):
-    """The body of a reply, refused when it is too long or comes too slowly."""
+    """The body of a reply, unpacked here; refused when it is too long, comes too slowly or is cut off."""
 
-    def __init__(self, stream: httpx2.SyncByteStream, until: float) -> None:
-        self._stream, self._until = stream, until
+    def __init__(self, stream: httpx2.SyncByteStream, until: float, *, gzipped: bool) -> None:
+        self._stream, self._until, self._gzipped = stream, until, gzipped
 
     def __iter__(self) -> Iterator[bytes]:
         size = 0
-        for chunk in self._stream:
-            size += len(chunk)
+        for piece in _unpacked(self._stream) if self._gzipped else self._stream:
+            size += len(piece)
             if size > MAX_REPLY:
                 raise httpx2.ReadError(f"the reply is longer than {MAX_REPLY} bytes")
             if time.monotonic() > self._until:
                 raise httpx2.ReadTimeout("the reply comes too slowly")
-            yield chunk
+            yield piece
 
     def close(self) -> None:
         self._stream.close()
+
+
+def _unpacked(stream: httpx2.SyncByteStream) -> Iterator[bytes]:
+    """Unpack gzip in small pieces: a few bytes of it can hold a thousand times as many."""
+    gzip = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    packed = b""
+    try:
+        for packed in stream:
+            yield gzip.decompress(packed, _PIECE)
+            while gzip.unconsumed_tail:
+                yield gzip.decompress(gzip.unconsumed_tail, _PIECE)
+    except zlib.error as error:
+        raise httpx2.RemoteProtocolError(f"the reply is damaged: {error}") from error
+    if packed and not gzip.eof:
+        raise httpx2.RemoteProtocolError("the reply is cut off")
+
+
+def _proxies() -> dict[str, str]:
+    """Return the proxy of each scheme that the environment names one for."""
+    named = urllib.request.getproxies()
+    proxies = {scheme: named.get(scheme) or named.get("all") or "" for scheme in ("http", "https")}
+    return {scheme: proxy if "://" in proxy else f"http://{proxy}" for scheme, proxy in proxies.items() if proxy}
+
+
+def _is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    inner: list[ipaddress.IPv4Address | ipaddress.IPv6Address | None] = [ip]
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner += [ip.ipv4_mapped, ip.sixtofour]
+        inner += [ipaddress.IPv4Address(int(ip) % 2**32) for network in _EMBEDDING if ip in network]
+        if ip.is_site_local or ip in _LOCAL_NAT64:
+            return False
+    return all(one.is_global and not one.is_multicast for one in inner if one is not None)
 
 
 def _ends_in(host: str, domains: tuple[str, ...]) -> bool:

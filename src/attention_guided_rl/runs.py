@@ -35,6 +35,7 @@ from attention_guided_rl.tracking import (
     make_console,
     pair_records,
     trajectory_records,
+    visible,
 )
 from attention_guided_rl.trainer import Trained
 from attention_guided_rl.trainer import train as train_session
@@ -68,9 +69,10 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
     if resume:
         _check_resume(folder, config)
     console = make_console()
-    session = Session(config, processes)
+    session = Session(config, processes, account=folder.name)
     if not resume:
-        _prepare(session, console if processes.is_main else Console(quiet=True))
+        with processes.main_first():
+            _prepare(session, console if processes.is_main else Console(quiet=True))
         if processes.is_main:
             _create(folder, session)
         processes.wait()
@@ -81,13 +83,15 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
         summary = None
         if trained.interrupted_by is None and processes.is_main and config.evaluation.articles > 0:
             summary = _evaluate(session, folder, trained.state.update, console)
+        if processes.is_main and (spent := getattr(session.embedder, "spent_usd", 0)):
+            console.print(f"embeddings of this run: {spent:.6f} USD spent", highlight=False)
     return RunResult(folder, trained, summary)
 
 
 def evaluate(folder: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run; `overrides` may change the `evaluation` section and the device."""
     for key in overrides or {}:
-        if not key.startswith("evaluation.") and key != "training.device":
+        if not key.startswith(("evaluation.", "network.", "embedder.max_usd")) and key != "training.device":
             raise ConfigError(f"command line: --{key} cannot change for an evaluation; only evaluation.* can")
     with _lock(folder):
         session, update = open_run(folder, overrides)
@@ -124,7 +128,7 @@ def open_run(folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[
     """Load a run's newest checkpoint; return the session and the number of updates it has had."""
     config = load_config(files=[run_config(folder)], overrides=overrides)
     checkpoint = latest_checkpoint(folder)
-    session = Session(config, Processes(config.training.device))
+    session = Session(config, Processes(config.training.device), account=folder.resolve().name)
     load_weights(checkpoint, session.model)
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     session.temperature = state["temperature"]
@@ -133,7 +137,8 @@ def open_run(folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[
 
 def open_untrained(config: Config) -> Session:
     """Load a configuration as it is before training, with τ calibrated."""
-    session = Session(config, Processes(config.training.device))
+    account = f"untrained-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    session = Session(config, Processes(config.training.device), account=account)
     _prepare(session, make_console())
     return session
 
@@ -184,7 +189,7 @@ def _prepare(session: Session, console: Console) -> None:
     rollout = config.rollout
     layout = session.template.layout(session.num_steps, rollout.query_tokens, config.pairs.value_tokens)
     console.print(
-        f"model {config.model.name} ({config.model.adapter}), corpus {config.corpus.kind}, "
+        f"model {config.model.name} ({config.model.adapter}), corpus {visible(config.corpus.label)}, "
         f"{rollout.articles} × {rollout.trajectories} trajectories of {session.num_steps} steps "
         f"({layout.row_len} tokens) per update\n"
         f"selection temperature {session.temperature:.4g}, steerability {steerability:.2f} nats",

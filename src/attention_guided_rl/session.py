@@ -4,26 +4,21 @@ In: Config. Out: model, template, embedder, scorer, environment. Training, evalu
 through it, so that they cannot differ.
 """
 
-import difflib
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attention_guided_rl.config import Config, CorpusConfig
-from attention_guided_rl.data import CORPORA, is_private
-from attention_guided_rl.data.corpus import Corpus
-from attention_guided_rl.data.hygiene import CleanCorpus
-from attention_guided_rl.data.pairs import PoolStream, cut_article
+from attention_guided_rl.data import CORPORA, is_private, open_corpus
+from attention_guided_rl.data.pairs import PoolStream
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.embedders import EMBEDDERS
 from attention_guided_rl.environment import Embedder, Picker, ReadingEnvironment, embed_pool_keys, sampled_pick
-from attention_guided_rl.errors import ConfigError, CorpusError
-from attention_guided_rl.loading import load_model, max_positions
+from attention_guided_rl.errors import ConfigError
+from attention_guided_rl.loading import load_model
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network
 from attention_guided_rl.objective import OBJECTIVES, Objective
@@ -33,26 +28,10 @@ from attention_guided_rl.reward import REWARDS, RewardInputs
 from attention_guided_rl.rollouts import rollout
 from attention_guided_rl.scorer import SCORERS, Scorer, reference_scorer
 from attention_guided_rl.selection import calibrate_temperature, head_scores, query_information, selection_logprobs
+from attention_guided_rl.sizes import context_tokens, resolve_sizes
+from attention_guided_rl.tables import resolve
 from attention_guided_rl.template import Template, build_template
 from attention_guided_rl.tracking import require_tensorboard
-
-
-def resolve(table: Mapping[str, Any], name: str, key: str) -> Any:
-    """Look a name up in an open table, or import it if it is `package.module:name`.
-
-    Raises:
-        ConfigError: neither; the message names the key and the nearest entry.
-    """
-    if name in table:
-        return table[name]
-    module, _, attribute = name.partition(":")
-    if attribute:
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"{key}: cannot import {name!r}: {error}") from None
-    near = difflib.get_close_matches(name, table, n=1, cutoff=0.0)
-    raise ConfigError(f"{key}: unknown {name!r}; nearest is {near[0]!r} (or give package.module:name)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +59,16 @@ class Session:
         self._reward: Callable[[RewardInputs], Rewards] = resolve(REWARDS, config.reward.kind, "reward.kind")
         self.objective: Objective = resolve(OBJECTIVES, config.objective.kind, "objective.kind")
         make_embedder = resolve(EMBEDDERS, config.embedder.kind, "embedder.kind")
-        corpora = [config.corpus] if config.evaluation.corpus is None else [config.corpus, config.evaluation.corpus]
+        corpora: list[CorpusConfig] = (
+            [config.corpus] if config.evaluation.corpus is None else [config.corpus, config.evaluation.corpus]
+        )
         for corpus in corpora:
             resolve(CORPORA, corpus.kind, "corpus.kind")
         self.network = Network(config.network, account=account, private_text=any(map(is_private, corpora)))
         processes.share(config.rollout.articles)
         if config.log.tensorboard:
             require_tensorboard()
-        available = max_positions(config.model, offline=config.network.offline)
-        context = config.rollout.context_tokens or available
-        if context > available:
-            raise ConfigError(f"rollout.context_tokens ({context}) exceeds the model's context of {available} tokens")
+        context = context_tokens(config)
 
         if processes.is_main and hasattr(make_embedder, "preflight"):
             make_embedder.preflight(config.embedder, self.network)
@@ -100,7 +78,7 @@ class Session:
             config.model, processes.device, seed=config.training.seed, offline=config.network.offline
         )
         self.template: Template = build_template(self.model.tokenizer, config.template)
-        self.num_pairs, self.num_steps = self._resolve_sizes(context)
+        self.num_pairs, self.num_steps = resolve_sizes(config, self.template, self.model.encode, self.network, context)
         self.embedder: Embedder = make_embedder(config.embedder, self.network, self.model)
         if self.embedder.depends_on_policy:
             raise ConfigError(f"embedder.kind: {config.embedder.kind!r} depends on the policy, which is not supported")
@@ -108,38 +86,10 @@ class Session:
         self.reference_scorer: Scorer = reference_scorer(self.model, config.training.micro_batch_rows)
         self.temperature = config.selection.temperature
 
-    def _resolve_sizes(self, context: int) -> tuple[int, int]:
-        """Return N and S with `auto` resolved."""
-        c = self.config
-        fits = self.template.steps_that_fit(context, c.rollout.query_tokens, c.pairs.value_tokens)
-        num_pairs = self._all_that_fit(fits) if c.pairs.num_pairs == "auto" else c.pairs.num_pairs
-        steps = min(fits, num_pairs) if c.rollout.steps == "auto" else c.rollout.steps
-        if steps < 1 or steps > fits:
-            raise ConfigError(
-                f"rollout.steps: {max(steps, 1)} steps need "
-                f"{self.template.layout(max(steps, 1), c.rollout.query_tokens, c.pairs.value_tokens).row_len} tokens, "
-                f"more than the context of {context}; lower the steps or the token counts"
-            )
-        return num_pairs, steps
-
-    def _all_that_fit(self, fits: int) -> int:
-        article = next(filter(None, self._corpus(self.config.corpus).articles(0, 0)), None)
-        has = 0 if article is None else len(cut_article(article, self.model.encode, self.config.pairs).pairs)
-        if min(fits, has) < 2:
-            raise CorpusError(
-                f"corpus.title: {self.config.corpus.title!r} gives {has} pairs, of which the context holds {fits}; "
-                "choose a longer article or shorter pairs"
-            )
-        return min(fits, has)
-
-    def _corpus(self, corpus: CorpusConfig) -> Corpus:
-        make: Callable[[CorpusConfig, Network], Corpus] = resolve(CORPORA, corpus.kind, "corpus.kind")
-        return CleanCorpus(make(corpus, self.network), corpus)
-
     def stream(self, corpus: CorpusConfig, *, num_probes: int, purpose: Purpose) -> PoolStream:
         """Open a corpus as a stream of pools."""
         return PoolStream(
-            self._corpus(corpus),
+            open_corpus(corpus, self.network),
             self.model.encode,
             self.config.pairs,
             num_pairs=self.num_pairs,

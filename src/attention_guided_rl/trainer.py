@@ -74,6 +74,7 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
             pool = stream.next_pool(num_articles, keep=share).to(session.model.device)
             indices = range(num_articles)[share]
             rows = session.rollout(pool, session.uniforms(Purpose.TRAINING, update, indices, group))
+            processes.rendezvous()  # the embedder may have kept one waiting
             paid = session.pay(rows, pool)
             rewards = control_rewards(session, processes.gather_rows(paid.rewards.rewards), update)
             advantages, agent = compute_advantages(rewards, config.objective, state.agent, group)
@@ -192,7 +193,7 @@ def save(session: Session, run: Path, state: RunState, optimizer: torch.optim.Op
         readme = (
             f"# Query policy, {state.update} updates\n\n"
             f"- base model: {config.model.name} (revision {config.model.revision or 'newest'})\n"
-            f"- corpus: {config.corpus.kind} {config.corpus.path or config.corpus.variant}\n"
+            f"- corpus: {config.corpus.label}\n"
             "- loads with `peft.PeftModel.from_pretrained` (adapter/) or `from_pretrained` (model/)\n"
             "- the licences of base model and corpus apply\n"
         )

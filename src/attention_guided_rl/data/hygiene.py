@@ -125,7 +125,7 @@ def signature(text: str) -> UInt32[np.ndarray, " H"] | None:
     shingles = _shingles(text)
     if not len(shingles):
         return None
-    smallest = np.full(NUM_HASHES, np.iinfo(np.uint32).max)
+    smallest = np.full(NUM_HASHES, np.iinfo(np.uint32).max, np.uint32)
     for start in range(0, len(shingles), _CHUNK):
         hashes = (shingles[start : start + _CHUNK] ^ _XORED) * _MULTIPLIED
         smallest = np.minimum(smallest, hashes.min(1))

@@ -6,7 +6,8 @@ Wikitext becomes prose in four steps, whose time is bounded whatever a page hold
 2. one scan over `{{ }}`, `{| |}` and `[[ ]]` with a stack: tables, files and categories go, links become their label,
    templates go but for the few that hold running text (`{{convert|5|km}}` → "5 km");
 3. headings go, and so do the sections that only list (See also, References, …);
-4. mwparserfromhell strips the rest from each paragraph, and punctuation that stood around removed parts is mended.
+4. quotes go, mwparserfromhell strips what is left from the paragraphs that still hold markup, and punctuation that
+   stood around removed parts is mended.
 """
 
 import itertools
@@ -33,23 +34,29 @@ _NO_PROSE_TAG = re.compile(
     r"|mapframe|maplink|templatedata|inputbox|categorytree|indicator|nowiki)\b[^<>]*>",
     re.IGNORECASE,
 )
+# Nine links in ten: a name without colon or brackets, a label without brackets. Their label is the group.
+_SIMPLE_LINK = re.compile(r"\[\[(?:[^][{}|:]{1,500}\||(?![^][{}|]{0,500}:))([^][{}|]{0,500})\]\]")
+# Each alternative begins with a fixed character, or the search is slow; so tables bring the end of the line before.
 # In "]]]" the first bracket belongs to the label; "|}}" ends a template, not a table.
-_BRACKET = re.compile(r"\{\{|\}\}|\[\[|\]\](?!\](?!\]))|^[ \t:*]*\{\||^[ \t]*\|\}(?!\})", re.MULTILINE)
+_BRACKET = re.compile(r"\{\{|\}\}|\[\[|\]\](?!\](?!\]))|\n[ \t:*]*\{\||\n[ \t]*\|\}(?!\})")
 _OPENER_OF = {"}}": "{{", "]]": "[[", "|}": "{|"}
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[a-z]+)*|simple")
 _RANGE = re.compile(r"(to|and|by|or|x|[-–×])(?:\(-\))?")  # between the two numbers of {{convert}}
-_LEFT_OVER = re.compile(r"\b(?:https?|ftp)://[^\s)\]]+|'{2,}")  # bare addresses, and quotes without partner
+_QUOTES = re.compile(r"('{2,})")
+_MARKED = re.compile(r"[][{}&]")  # what mwparserfromhell is for: addresses in brackets, entities, parameters
+_LEFT_OVER = re.compile(r"\b(?:https?|ftp)://[^\s)\]]+|'{2,}")  # bare addresses, and quotes that were entities
 _MARKUP = tuple(  # before mwparserfromhell
     (re.compile(pattern, re.IGNORECASE), replacement)
     for pattern, replacement in (
         (r"</?(?:blockquote|div|p|center|poem|li|ul|ol|hr|dl|dd|dt)\b[^<>]*>", "\n\n"),
         (r"<br\b[^<>]*>", " "),
-        (r"(?<=\d)<sup>(?=[-−\d])", "^"),
+        (r"<sup>(?<=\d<sup>)(?=[-−\d])", "^"),
         (r"</?[a-z]+(?:\s[^<>]*)?/?>", ""),
         (r"__[a-z]+__", ""),
         (r"<", "&lt;"),  # no tag is left, and on "<a <a …" the parser takes quadratic time
     )
 )
+_ODD = re.compile(r"[(\[,.;:!?)\]](?:(?<=[(\[])[ ,;:)\]]|(?<=[ ,;].))")  # where there may be something to mend
 _MENDS = tuple(  # after it, on single spaces: on long runs of them these would take quadratic time
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -73,12 +80,36 @@ def clean_wikitext(wikitext: str, no_prose: frozenset[str]) -> str:
             return ""
         return _template(body) if kind == "{{" else _link(body, no_prose)
 
-    text = _replace_spans(_COMMENT.sub("", wikitext), _NO_PROSE_TAG, _element)
-    text = _replace_spans(text, _BRACKET, bracket)
+    text = _COMMENT.sub("", wikitext)
+    text = "\n".join(_without_quotes(line) if "''" in line else line for line in text.split("\n"))
+    text = _replace_spans(text, _NO_PROSE_TAG, _element)
+    text = "".join(_SIMPLE_LINK.split(text))  # what is between matches, and the group of each
+    text = _replace_spans("\n" + text, _BRACKET, bracket)
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
     paragraphs = (_plain(paragraph) for paragraph in _paragraphs(_without_headings(text.split("\n"))))
     return "\n\n".join(paragraph for paragraph in paragraphs if any(map(str.isalnum, paragraph)))
+
+
+def _without_quotes(line: str) -> str:
+    """Drop the quotes that make text italic (two), bold (three) or both (five), told from apostrophes as MediaWiki does.
+
+    Where both kinds are left open, one bold quote was an apostrophe before an italic one: rather one behind a word of
+    one letter (`L'''Aurore''`) than behind a longer one (`Eagle'''s`), and rather that than behind a space.
+    """
+    pieces = _QUOTES.split(line)
+    lengths = [len(quotes) for quotes in pieces[1::2]]
+    kept = [1 if n == 4 else max(0, n - 5) for n in lengths]
+    bold = [i for i, n in enumerate(lengths) if n in (3, 4)]
+    num_both = sum(n >= 5 for n in lengths)
+    if bold and (len(bold) + num_both) % 2 and (lengths.count(2) + num_both) % 2:
+        kept[min(bold, key=lambda i: _apostrophe_rank(pieces[2 * i] + "'" * kept[i]))] += 1
+    pieces[1::2] = ["'" * n for n in kept]
+    return "".join(pieces)
+
+
+def _apostrophe_rank(before: str) -> int:
+    return 2 if before.endswith(" ") else 0 if before[-2:-1] == " " else 1
 
 
 def _replace_spans(text: str, token: re.Pattern[str], render: Callable[[str, str], str]) -> str:
@@ -91,7 +122,7 @@ def _replace_spans(text: str, token: re.Pattern[str], render: Callable[[str, str
     counts: Counter[str] = Counter()
     position = 0
     for match in token.finditer(text):
-        pieces.append(text[position : match.start()])
+        pieces.append(text[position : match.start() + match[0].startswith("\n")])
         position = match.end()
         kind, step = _kind(match[0])
         if step > 0:
@@ -111,7 +142,7 @@ def _kind(token: str) -> tuple[str, int]:
     if token.startswith("<"):
         name = token.strip("</>").split()[0].lower()
         return name, 0 if token.endswith("/>") else -1 if token.startswith("</") else 1
-    token = token.strip(" \t:*")
+    token = token.strip("\n \t:*")
     return (_OPENER_OF[token], -1) if token in _OPENER_OF else (token, 1)
 
 
@@ -168,10 +199,14 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _plain(paragraph: str) -> str:
-    paragraph = " ".join(paragraph.lstrip("*#:; ").split())
-    parts = textwrap.wrap(paragraph, MAX_PARSED) if len(paragraph) > MAX_PARSED else [paragraph]
-    text = " ".join(str(mwparserfromhell.parse(part).strip_code()) for part in parts)
-    text = " ".join(_LEFT_OVER.sub("", text).split())
-    for pattern, replacement in _MENDS:
-        text = pattern.sub(replacement, text)
-    return " ".join(text.split())
+    text = " ".join(paragraph.lstrip("*#:; ").split())
+    if _MARKED.search(text):
+        parts = textwrap.wrap(text, MAX_PARSED) if len(text) > MAX_PARSED else [text]
+        text = " ".join(" ".join(str(mwparserfromhell.parse(part).strip_code()) for part in parts).split())
+    if "://" in text or "''" in text:
+        text = " ".join(_LEFT_OVER.sub("", text).split())
+    if _ODD.search(text):
+        for pattern, replacement in _MENDS:
+            text = pattern.sub(replacement, text)
+        text = " ".join(text.split())
+    return text

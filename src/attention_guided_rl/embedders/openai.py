@@ -7,6 +7,7 @@ OPENAI_API_KEY only; the address from `embedder.base_url`, then OPENAI_BASE_URL,
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,17 +18,17 @@ from jaxtyping import Float32
 
 from attention_guided_rl.config import EmbedderConfig
 from attention_guided_rl.embedders.cache import NANO, Ledger, VectorStore
-from attention_guided_rl.embedders.text import STORE, TextEmbedder, check_canaries
+from attention_guided_rl.embedders.text import STORE, TextEmbedder, check_canaries, known_dimensions
 from attention_guided_rl.errors import AgrlError, ConfigError, CredentialsError, RemoteError, SpendError, UnsafeError
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network, Transient, is_loopback, retry_after, web_address
 
 DEFAULT_URL = "https://api.openai.com/v1"
 DEFAULT_MODEL = "text-embedding-ada-002"
-USD_PER_MILLION_TOKENS = {  # at OpenAI, November 2026
-    "text-embedding-ada-002": 0.10,
-    "text-embedding-3-small": 0.02,
-    "text-embedding-3-large": 0.13,
+MODELS = {  # at OpenAI: dimensions, dollars per million tokens
+    "text-embedding-ada-002": (1536, 0.10),
+    "text-embedding-3-small": (1536, 0.02),
+    "text-embedding-3-large": (3072, 0.13),
 }
 MAX_TEXTS = 2048  # of a request
 MAX_TEXT_TOKENS = 8192
@@ -39,7 +40,14 @@ class OpenAIEmbedder(TextEmbedder):
     """Embedder over an OpenAI-compatible service."""
 
     def __init__(self, config: EmbedderConfig, network: Network, model: LanguageModel) -> None:
-        super().__init__(OpenAIEncoder(config, network), network, model.decode)
+        encoder = OpenAIEncoder(config, network)
+        self._ledger = encoder.ledger
+        super().__init__(encoder, network, model.decode)
+
+    @property
+    def spent_usd(self) -> float:
+        """Dollars that this run has spent or reserved so far."""
+        return self._ledger.spent_usd
 
     @staticmethod
     def preflight(config: EmbedderConfig, network: Network) -> None:
@@ -67,7 +75,7 @@ class OpenAIEncoder:
         url = service_address(config)
         self.host, self.is_remote = url.host, not is_loopback(url.host)
         self._model = config.model or DEFAULT_MODEL
-        self._dimensions = config.dimensions
+        self._asked_dimensions = config.dimensions
         self._max_texts = min(config.batch_texts or MAX_TEXTS, MAX_TEXTS)
         place = f"{url.host}{'' if url.port is None else f':{url.port}'}{url.path.rstrip('/')}"
         self.identity = f"openai/{place}/{self._model}/{config.dimensions or 'native'}/unit"
@@ -75,13 +83,17 @@ class OpenAIEncoder:
         self._nano_usd_per_token = math.ceil(_price(config, url) * NANO / 1_000_000)
         self._network = network
         self.store = VectorStore(network.cache(STORE))
+        known = MODELS[self._model][0] if self._model in MODELS else known_dimensions(self.store, self.identity)
+        self._dimensions = config.dimensions or known  # None until the first reply
         self.ledger = Ledger(self.store, network.account, config.max_usd)
+        http_client = network.client(str(url), trusted=True)
+        weakref.finalize(self, http_client.close)
         self._client = openai.OpenAI(
             api_key=_key(url),
             base_url=str(url),
             max_retries=0,  # repetition is ours: with a deadline, a ledger and checks of what came back
             timeout=httpx2.Timeout(network.config.timeout_s, connect=5.0),
-            http_client=network.client(str(url), trusted=True),
+            http_client=http_client,
         )
 
     def batches(self, texts: Sequence[str]) -> Iterator[list[str]]:
@@ -123,11 +135,12 @@ class OpenAIEncoder:
         """Send one request, with the most that it can cost set aside before."""
         bound = sum(map(max_tokens, texts)) * self._nano_usd_per_token
         entry = self.ledger.reserve(bound)
-        options: dict[str, Any] = {} if self._dimensions is None else {"dimensions": self._dimensions}
+        options: dict[str, Any] = {} if self._asked_dimensions is None else {"dimensions": self._asked_dimensions}
         try:
             reply = self._client.embeddings.create(input=[_cut(text) for text in texts], model=self._model, **options)
         except openai.APIStatusError as error:
-            self.ledger.settle(entry, 0)  # a refusal is not billed
+            if error.status_code not in (502, 504):  # a refusal is not billed; a gateway knows not what it lost
+                self.ledger.settle(entry, 0)
             raise self._refusal(error) from error
         except openai.APIConnectionError as error:  # a timeout may have been billed: what was reserved stays
             if isinstance(error.__cause__, AgrlError):
@@ -138,8 +151,9 @@ class OpenAIEncoder:
         except (openai.OpenAIError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise _MalformedError(f"not a list of embeddings ({type(error).__name__})") from error
         vectors = _checked(reply, len(texts), self._dimensions)
+        self._dimensions = vectors.shape[1]
         used = getattr(getattr(reply, "usage", None), "total_tokens", None)
-        if isinstance(used, int) and used > 0:
+        if isinstance(used, int) and 0 < used * self._nano_usd_per_token <= bound:
             self.ledger.settle(entry, used * self._nano_usd_per_token)
         return vectors
 
@@ -184,9 +198,9 @@ def _price(config: EmbedderConfig, url: httpx2.URL) -> float:
     if url.host != web_address(DEFAULT_URL).host:
         return 0.0
     model = config.model or DEFAULT_MODEL
-    if model not in USD_PER_MILLION_TOKENS:
+    if model not in MODELS:
         raise ConfigError(f"embedder.usd_per_million_tokens: set the price of {model!r}, which is not known here")
-    return USD_PER_MILLION_TOKENS[model]
+    return MODELS[model][1]
 
 
 def _key(url: httpx2.URL) -> str:
@@ -214,7 +228,7 @@ def _checked(reply: Any, num_texts: int, dimensions: int | None) -> Float32[np.n
         raise _MalformedError("embeddings of unequal length")
     vectors = np.stack([items[i] for i in range(num_texts)])
     if dimensions is not None and vectors.shape[1] != dimensions:
-        raise _MalformedError(f"embeddings of {vectors.shape[1]} dimensions, embedder.dimensions is {dimensions}")
+        raise _MalformedError(f"embeddings of {vectors.shape[1]} dimensions instead of {dimensions}")
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not np.isfinite(norms).all() or (norms < 1e-6).any():
         raise _MalformedError("an embedding that is not finite, or zero")

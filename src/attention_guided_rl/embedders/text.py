@@ -69,10 +69,10 @@ class TextEmbedder:
         self.identity = encoder.identity
         self._encoder, self._network, self._decode = encoder, network, decode
         self._store = VectorStore(network.cache(STORE))
-        canaries = self._store.get(_canary_identity(encoder), CANARIES)
-        if not canaries:
+        dimensions = known_dimensions(self._store, encoder.identity)
+        if dimensions is None:
             raise RemoteError(f"embedder: {encoder.identity} has not answered yet; run once without --offline")
-        self._dimensions = len(next(iter(canaries.values())))
+        self._dimensions = dimensions
 
     def embed_queries(self, ids: Int[Tensor, "B Q"], mask: Bool[Tensor, "B Q"]) -> Float[Tensor, "B 1 D"]:
         """Embed queries in one batched call; whitespace gives the zero vector."""
@@ -119,7 +119,7 @@ def check_canaries(encoder: TextEncoder, store: VectorStore) -> None:
     fresh = dict(zip(CANARIES, encoder.encode(CANARIES), strict=True))
     if float(fresh[CANARIES[-1]] @ fresh[CANARIES[-2]]) > 1 - 1e-6:
         raise RemoteError(f"embedder: {encoder.identity} gives one vector for texts that differ at the end only")
-    stored = store.put(_canary_identity(encoder), fresh)
+    stored = store.put(_canaries_of(encoder.identity), fresh)
     same_size = all(len(stored[text]) == len(fresh[text]) for text in CANARIES)
     cosine = min(float(stored[text] @ fresh[text]) for text in CANARIES) if same_size else 0.0
     if cosine < MIN_CANARY_COSINE:
@@ -129,5 +129,11 @@ def check_canaries(encoder: TextEncoder, store: VectorStore) -> None:
         )
 
 
-def _canary_identity(encoder: TextEncoder) -> str:
-    return f"{encoder.identity}/canaries"
+def known_dimensions(store: VectorStore, identity: str) -> int | None:
+    """Return the length of an encoder's vectors, known since its first start; None: it has not had one."""
+    canaries = store.get(_canaries_of(identity), CANARIES)
+    return len(next(iter(canaries.values()))) if canaries else None
+
+
+def _canaries_of(identity: str) -> str:
+    return f"{identity}/canaries"
