@@ -25,7 +25,7 @@ SMALL = (
 )
 TEXT = "\n\n".join(
     f"'''Elmbrook''' has {n} mills{{{{ref|{n}}}}} on the [[river]] road. The miller of number {n} grinds oats and rye."
-    for n in range(2, 16)
+    for n in range(2, 9)
 )
 
 
@@ -162,11 +162,12 @@ def test_faults_of_both_services_change_no_bit_and_the_cap_holds(agrl, wiki, ser
 def test_a_cap_stops_the_run_before_it_is_passed_and_raising_it_goes_on(agrl, service, tmp_path):
     assert agrl("whole", "cache-1")[0] == 0
     service.billed_usd = 0.0
+    service.faults, service.probability = ("no_usage",), 1.0  # so that a byte counts as a token
     price = ("--embedder.usd-per-million-tokens", "0.1", "--training.checkpoint-every", "1")
-    code, shown = agrl("capped", "cache-2", *price, "--embedder.max-usd", "0.00003")
+    code, shown = agrl("capped", "cache-2", *price, "--embedder.max-usd", "0.00014")
     assert code == 6, shown
     assert "embedder.max_usd" in shown.splitlines()[-1]
-    assert 0 < service.billed_usd <= 0.00003
+    assert 0 < service.billed_usd <= 0.00014
     assert "agrl train --run capped --resume" in shown
     code = main(["train", "--run", "capped", "--resume", "--embedder.max-usd", "1"])
     assert code == 0

@@ -21,7 +21,15 @@ from attention_guided_rl.data import wikipedia
 from attention_guided_rl.data.corpus import Corpus
 from attention_guided_rl.data.dump import DumpCorpus
 from attention_guided_rl.data.wikipedia import WikipediaCorpus, read_address
-from attention_guided_rl.errors import AgrlError, ConfigError, CorpusError, CredentialsError, RemoteError, UnsafeError
+from attention_guided_rl.errors import (
+    AgrlError,
+    ConfigError,
+    CorpusError,
+    CredentialsError,
+    RemoteError,
+    StorageError,
+    UnsafeError,
+)
 from attention_guided_rl.network import Network
 from attention_guided_rl.records import Article
 
@@ -33,7 +41,9 @@ MILLS = {
     "Talk:Post mill": Page("Is it?", namespace=1, categories=("Mills",)),
     "Paltrok": Page("#REDIRECT [[Smock mill]]", redirect="Smock mill"),
     "Sokkelmolen": Page("#REDIRECT [[Paltrok]]", redirect="Paltrok"),
-    "Mill": Page("* [[Post mill]]\n* [[Tower mill|tower]]\n* [[Mill (tool)]]", disambiguation=True),
+    "Mill": Page(
+        "* [[Post mill]]\n* [[Tower mill|tower]]\n* [[Mill (tool), small]]\n* [[Post mill]]", disambiguation=True
+    ),
     "Round": Page("#REDIRECT [[About]]", redirect="About"),
     "About": Page("#REDIRECT [[Round]]", redirect="Round"),
     "Talk about": Page("#REDIRECT [[Talk:Post mill]]", redirect="Talk:Post mill"),
@@ -158,9 +168,14 @@ def test_title_is_found_as_people_write_it(mills, network, title):
     assert [a.title for a in read(mills, network, title=title)] == ["Post mill"]
 
 
-def test_title_in_decomposed_letters_is_found(network):
-    with FakeMediaWiki({"Caf\u00e9": Page("A place.")}) as wiki:
-        assert [a.title for a in read(wiki, network, title="Cafe\u0301")] == ["Caf\u00e9"]
+@pytest.mark.parametrize(
+    ("stored", "title"),
+    [("Caf\u00e9", "Cafe\u0301"), ("\u0645\u06cc\u200c\u0631\u0648", "\u0645\u06cc\u200c\u0631\u0648")],
+    ids=["decomposed", "with a joiner, as Persian needs it"],
+)
+def test_title_in_other_letters_is_found_and_stays_as_it_is(network, stored, title):
+    with FakeMediaWiki({stored: Page("A place.")}) as wiki:
+        assert [a.title for a in read(wiki, network, title=title)] == [stored]
 
 
 @pytest.mark.parametrize("title", ["Paltrok", "sokkelmolen"])
@@ -185,7 +200,7 @@ def test_redirects_are_followed(mills, network, title):
         (
             "Mill",
             r"'Mill': a disambiguation page; set corpus.title to one of its meanings: "
-            r"Post mill, Tower mill, Mill \(tool\)",
+            r"'Post mill', 'Tower mill', 'Mill \(tool\), small'$",
         ),
         ("Sails", "'Sails': no wikitext; change corpus.title"),
         ("Stub", "'Stub': no text; change corpus.title"),
@@ -286,8 +301,6 @@ def test_reply_without_end_is_refused(mills, network, monkeypatch, moves, num_re
 def test_category_gives_its_articles(network, category):
     with FakeMediaWiki(dict(MILLS), namespaces=fake.GERMAN) as wiki:
         wiki.max_listed = 2
-        if category == "Category:Mills":  # MediaWiki knows both names
-            category = "Kategorie:Mills"
         titles = [a.title for a in read(wiki, network, category=category)]
         assert wiki.asked("cmcontinue") == ["page|2"]
 
@@ -445,6 +458,13 @@ def test_damaged_record_is_fetched_again(mills, network, caplog, damage):
     assert path.read_text().replace("wikitext", "") != damaged[damage]
     (message,) = caplog.messages
     assert "'Post mill' was damaged or no article; fetched again" in message
+
+
+def test_cache_that_cannot_be_written_is_an_error_of_the_disk(mills, network):
+    network.cache("wikipedia").write_text("a file where the folder should be")
+
+    with pytest.raises(StorageError, match="wikipedia: cannot write"):
+        read(mills, network, title="Post mill")
 
 
 def test_interrupted_list_is_taken_up_where_it_ended(tmp_path, network):

@@ -1,28 +1,34 @@
 """A MediaWiki pages-articles dump as a corpus: XML, plain or bz2, read as a stream.
 
-In: the file that Wikipedia offers for download. Out: one Article of clean prose a page, in file order.
+In: the file that Wikipedia offers for download, with or without its index. Out: one Article of clean prose for each page
+that is an article. Memory holds one page, however large the dump.
 """
 
 import bz2
+import contextlib
 import difflib
 import functools
+import itertools
 import logging
 import re
+import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedIOBase
+from pathlib import Path
 from urllib.parse import quote
 from xml.parsers import expat
 
 from attention_guided_rl.config import CorpusConfig
+from attention_guided_rl.data.multistream import CHUNK, Multistream, normal_title
 from attention_guided_rl.data.wikitext import clean_wikitext
 from attention_guided_rl.errors import ConfigError, CorpusError
 from attention_guided_rl.records import Article
 
 MAX_WIKITEXT = 2_000_000  # characters; MediaWiki itself refuses larger pages
 MAX_PAGE = 2**25  # bytes of XML without the end of a page: a decompression bomb, or a dump with full history
-MAX_REDIRECTS = 5  # each costs a pass over the file
+MAX_REDIRECTS = 5  # each costs a pass over the file, or over its index
 NO_PROSE_NAMESPACES = frozenset(("file", "image", "media", "category"))
 
 _REDIRECT = re.compile(r"\s*#redirect\b[^\[\n]*\[\[([^\]|\n]+)", re.IGNORECASE)
@@ -32,6 +38,7 @@ _DISAMBIGUATION = re.compile(
     re.IGNORECASE,
 )
 
+_DAMAGE = (ET.ParseError, expat.ExpatError, EOFError, OSError, ValueError, LookupError)
 _log = logging.getLogger(__name__)
 
 
@@ -49,7 +56,7 @@ class _Site:
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """A page of the main namespace; `redirect` is the title it points to."""
+    """A page; `redirect` is the title it points to."""
 
     title: str
     id: str
@@ -57,51 +64,66 @@ class _Page:
     redirect: str | None
     text: str
     site: _Site
+    is_main: bool
+    """Whether it is wikitext of the main namespace."""
 
 
 class DumpCorpus:
-    """The articles of a MediaWiki dump in file order; `corpus.shuffle` has no effect, for the file is a stream.
+    """The articles of a MediaWiki dump; a place is a page, and what is no article is an empty place.
 
-    Redirects, disambiguation pages, other namespaces and pages above MAX_WIKITEXT are left out. Places count articles,
-    whatever is left of their text, so that going to place `start` converts no wikitext.
+    None are redirects, disambiguation pages, pages of other namespaces, empty ones and those above MAX_WIKITEXT. Pages
+    come in file order; with `corpus.index` and `corpus.shuffle` the bz2 streams come in one random order.
     """
 
     def __init__(self, config: CorpusConfig) -> None:
-        """Check the path; raise CorpusError if it is no file that ends in .xml or .bz2."""
+        """Check the paths; raise CorpusError if the dump is no file that ends in .xml or .bz2, or the index no file."""
         if config.path is None:
             raise ConfigError("corpus.kind: dump needs corpus.path")
+        self.bytes_read = 0
+        """Bytes of XML read so far, by all passes together."""
         self._path = config.path
         self._title = config.title
         if not self._path.is_file():
             raise CorpusError(f"{self._path}: no such file; set corpus.path to a pages-articles XML dump")
         if self._path.suffix.lower() not in (".xml", ".bz2"):
             raise CorpusError(f"{self._path}: neither .xml nor .bz2; set corpus.path to a pages-articles XML dump")
+        seed = config.seed if config.shuffle else None
+        self._multistream = None if config.index is None else Multistream(self._path, config.index, seed)
 
-    def articles(self, epoch: int, start: int) -> Iterator[Article]:
-        """Yield the dump's articles from place `start` on, in the same order in every epoch.
+    def articles(self, epoch: int, start: int) -> Iterator[Article | None]:
+        """Yield what is at each page of the dump from place `start` on, in the same order in every epoch.
 
-        Raises CorpusError where the file is damaged, has no article, or lacks the one with the configured title.
+        Without an index the pages before `start` are read but not converted; with one they are not read.
+
+        Raises:
+            CorpusError: the file is damaged, has no article, or lacks the one with the configured title; the index is
+                damaged or of another dump.
         """
         if self._title is not None:
             yield from (self._only,)[start:]
             return
-        place = 0
-        for page in self._pages():
-            if len(page.text) > MAX_WIKITEXT:
-                _log.warning("%s: skipped %r: %d characters of wikitext", self._path, page.title, len(page.text))
-            elif page.text and page.redirect is None and not _is_disambiguation(page):
-                if place >= start:
-                    yield _article(page, self._path.name)
-                place += 1
-        if place == 0:
+        found = start > 0  # the end of a pass need not hold an article
+        for page in self._pages_from(start):
+            article = self._convert(page)
+            found = found or article is not None
+            yield article
+        if not found:
             raise CorpusError(f"{self._path}: only redirects or disambiguation pages; set corpus.path to another dump")
+
+    def _convert(self, page: _Page) -> Article | None:
+        if not page.is_main or page.redirect is not None or not page.text:
+            return None
+        if len(page.text) > MAX_WIKITEXT:
+            _log.warning("%s: skipped %r: %d characters of wikitext", self._path, page.title, len(page.text))
+            return None
+        return None if _is_disambiguation(page) else _article(page, self._path.name)
 
     @functools.cached_property
     def _only(self) -> Article:
         """The article with the configured title, behind any redirects; kept, for every epoch asks for it."""
-        wanted = [_normal(self._title or "")]
+        wanted = [normal_title(self._title or "")]
         while (page := self._find(wanted)).redirect is not None:
-            wanted.append(_normal(page.redirect))
+            wanted.append(normal_title(page.redirect))
             if wanted[-1] in wanted[:-1] or len(wanted) > MAX_REDIRECTS:
                 raise CorpusError(f"{self._path}: {' → '.join(wanted)}: redirects lead nowhere; change corpus.title")
         if _is_disambiguation(page):
@@ -116,53 +138,104 @@ class DumpCorpus:
         found: list[_Page] = []
 
         def titles() -> Iterator[str]:
-            for page in self._pages():
-                if _normal(page.title) == wanted[-1]:
+            for page in filter(lambda page: page.is_main, self._pages_for(wanted[-1])):
+                if normal_title(page.title) == wanted[-1]:
                     found.append(page)
                     return
                 yield page.title
 
         near = difflib.get_close_matches(wanted[-1], titles())
         if not found:
+            near = self._multistream.nearest(wanted[-1]) if self._multistream else near
             hint = f"nearest: {', '.join(map(repr, near))}" if near else "none is near it; change corpus.title"
             raise CorpusError(f"{self._path}: no page {' → '.join(map(repr, wanted))}; {hint}")
         return found[0]
 
-    def _open(self) -> BufferedIOBase:
-        return bz2.open(self._path) if self._path.suffix.lower() == ".bz2" else self._path.open("rb")
+    def _pages_for(self, title: str) -> Iterator[_Page]:
+        """Yield the pages among which the title must be: those of one stream with an index, otherwise all."""
+        if self._multistream is None:
+            yield from self._pages_from(0)
+        elif (offset := self._multistream.find(title)) is not None:
+            yield from self._pages_of_stream(self._multistream, offset)
 
-    def _pages(self) -> Iterator[_Page]:
+    def _pages_from(self, start: int) -> Iterator[_Page]:
+        if self._multistream is None:
+            yield from itertools.islice(self._parsed(_unpacked(self._path), "before the first page"), start, None)
+            return
+        skipped, streams = self._multistream.streams_from(start)
+        for offset, num_pages in streams:
+            count = 0
+            for count, page in enumerate(self._pages_of_stream(self._multistream, offset), 1):
+                if skipped:
+                    skipped -= 1
+                elif count <= num_pages:
+                    yield page
+            if count != num_pages:
+                raise self._multistream.mismatch(f"{num_pages} pages at byte {offset}, where the dump has {count}")
+
+    def _pages_of_stream(self, multistream: Multistream, offset: int) -> Iterator[_Page]:
+        """Read the head of the dump, then one stream, as if they were a dump that goes on."""
+        chunks = itertools.chain(multistream.read(0), multistream.read(offset))
+        return self._parsed(chunks, f"at the beginning of the bz2 stream at byte {offset}", is_whole=False)
+
+    def _parsed(self, chunks: Iterable[bytes], begin: str, *, is_whole: bool = True) -> Iterator[_Page]:
+        """Yield the pages of a dump's XML; raise CorpusError that says how far it could be read."""
         count, last = 0, ""
         try:
-            with self._open() as stream:
-                _check_head(_Bounded(stream))
-            with self._open() as stream:
-                for page in _stream_pages(_Bounded(stream)):
-                    count, last = count + 1, page.title
-                    yield page
-        except (ET.ParseError, expat.ExpatError, EOFError, OSError, ValueError, LookupError) as error:
-            read = f"after {count} pages, the last {last!r}" if count else "before the first page"
-            cause = "the file is empty" if self._path.is_file() and not self._path.stat().st_size else error
-            raise CorpusError(f"{self._path}: {cause} ({read}); download the dump again") from error
+            for page in _parse_pages(_checked(self._counted(chunks)), is_whole):
+                count, last = count + 1, page.title
+                yield page
+        except _DAMAGE as error:
+            read = f"after {count} pages, the last {last!r}" if count else begin
+            raise _damaged(self._path, error, read) from error
+
+    def _counted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            self.bytes_read += len(chunk)
+            yield chunk
 
 
-class _Bounded:
-    """A stream that refuses to give more than MAX_PAGE bytes between the ends of two pages."""
+def bare_parse(path: Path) -> tuple[int, float]:
+    """Unpack and parse a dump and do nothing else, as the yardstick for reading it; return bytes of XML and seconds.
 
-    def __init__(self, stream: BufferedIOBase) -> None:
-        self._stream = stream
-        self.since_page = 0
+    Raises:
+        CorpusError: the file is damaged.
+    """
+    begin = time.perf_counter()
+    try:
+        with _open(path) as stream:
+            elements = ET.iterparse(stream, events=("start", "end"))
+            _, root = next(elements)
+            for event, element in elements:
+                if event == "end":
+                    element.clear()
+                    root.clear()  # else it keeps every page, if an empty one
+            return stream.tell(), time.perf_counter() - begin
+    except _DAMAGE as error:
+        raise _damaged(path, error, "in a bare parse") from error
 
-    def read(self, size: int = -1, /) -> bytes:
-        data = self._stream.read(size)
-        self.since_page += len(data)
-        if self.since_page > MAX_PAGE:
-            raise ValueError(f"no page ends within {MAX_PAGE} bytes: not a pages-articles dump")
-        return data
+
+def _damaged(path: Path, error: Exception, read: str) -> CorpusError:
+    cause = "the file is empty" if path.is_file() and not path.stat().st_size else error
+    return CorpusError(f"{path}: {cause} ({read}); download the dump again")
 
 
-def _check_head(stream: _Bounded) -> None:
-    """Read up to the root element: a document type could define entities that expand without end."""
+def _open(path: Path) -> BufferedIOBase:
+    return bz2.open(path) if path.suffix.lower() == ".bz2" else path.open("rb")
+
+
+def _unpacked(path: Path) -> Iterator[bytes]:
+    with _open(path) as stream:
+        while chunk := stream.read(CHUNK):
+            yield chunk
+
+
+def _checked(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Pass on the XML, once its head is seen to be harmless: a document type could define entities without end.
+
+    Raises:
+        ValueError: it declares a document type, or its root element is not a dump's.
+    """
     roots: list[str] = []
 
     def refuse(*_: object) -> None:
@@ -171,30 +244,41 @@ def _check_head(stream: _Bounded) -> None:
     parser = expat.ParserCreate()
     parser.StartDoctypeDeclHandler = refuse
     parser.StartElementHandler = lambda name, _: roots.append(name)
-    try:
-        while not roots and (chunk := stream.read(2**14)):
-            parser.Parse(chunk)
-    except expat.ExpatError:
-        if not roots:  # damage behind the root comes up again, after the pages before it
-            raise
-    if roots and roots[0].rpartition(":")[2] != "mediawiki":
-        raise ValueError(f"its root element is {roots[0][:50]!r}, not 'mediawiki'")
+    for chunk in chunks:
+        if not roots:
+            with contextlib.suppress(expat.ExpatError):  # the parser of the pages meets it again, and says so
+                parser.Parse(chunk)
+            if roots and roots[0].rpartition(":")[2] != "mediawiki":
+                raise ValueError(f"its root element is {roots[0][:50]!r}, not 'mediawiki'")
+        yield chunk
 
 
-def _stream_pages(stream: _Bounded) -> Iterator[_Page]:
-    site = _Site()
+def _parse_pages(chunks: Iterable[bytes], is_whole: bool) -> Iterator[_Page]:
+    """Yield the pages; `is_whole`: the XML must come to its end.
+
+    Raises:
+        ValueError: more than MAX_PAGE bytes between the ends of two pages.
+    """
+    parser = ET.XMLPullParser(("start", "end"))
+    site, since_page = _Site(), 0
     root: ET.Element | None = None
-    for event, element in ET.iterparse(stream, events=("start", "end")):
-        root = element if root is None else root
-        name = element.tag.rpartition("}")[2]
-        if event == "end" and name == "siteinfo":
-            site = _read_site(element)
-        elif event == "end" and name == "page":
-            stream.since_page = 0
-            page = _read_page(element, site)
-            root.clear()  # else it keeps every page
-            if page is not None:
+    for chunk in chunks:
+        since_page += len(chunk)
+        if since_page > MAX_PAGE:
+            raise ValueError(f"no page ends within {MAX_PAGE} bytes: not a pages-articles dump")
+        parser.feed(chunk)
+        for event, element in parser.read_events():
+            root = element if root is None else root
+            name = element.tag.rpartition("}")[2] if event == "end" else ""
+            if name == "siteinfo":
+                site = _read_site(element)
+            elif name == "page":
+                since_page = 0
+                page = _read_page(element, site)
+                root.clear()  # else it keeps every page
                 yield page
+    if is_whole:
+        parser.close()
 
 
 def _read_site(head: ET.Element) -> _Site:
@@ -207,18 +291,23 @@ def _read_site(head: ET.Element) -> _Site:
     )
 
 
-def _read_page(element: ET.Element, site: _Site) -> _Page | None:
-    """Return the page, or None if it is not wikitext of the main namespace."""
-    title = element.findtext("{*}title") or ""
-    text = element.findtext("{*}revision/{*}text") or ""
+def _read_page(element: ET.Element, site: _Site) -> _Page:
+    page = {child.tag.rpartition("}")[2]: child for child in element}
+    revision = {child.tag.rpartition("}")[2]: child.text or "" for child in page.get("revision", ())}
+    given = {name: page[name].text or "" for name in ("title", "id", "ns") if name in page}
+    title, text = given.get("title", ""), revision.get("text", "")
     elsewhere = ":" in title and title.partition(":")[0].lower() in site.namespaces
-    namespace = element.findtext("{*}ns") or ("unknown" if elsewhere else "0")
-    if not title or namespace != "0" or element.findtext("{*}revision/{*}model") not in (None, "wikitext"):
-        return None
-    target, marked = element.find("{*}redirect"), _REDIRECT.match(text)
-    redirect = (target.get("title") if target is not None else None) or (marked[1] if marked else None)
-    revision = element.findtext("{*}revision/{*}id") or ""
-    return _Page(title, element.findtext("{*}id") or "", revision, redirect, text, site)
+    namespace = given.get("ns") or ("unknown" if elsewhere else "0")
+    target, marked = page.get("redirect"), _REDIRECT.match(text)
+    return _Page(
+        title=title,
+        id=given.get("id", ""),
+        revision=revision.get("id", ""),
+        redirect=(target.get("title") if target is not None else None) or (marked[1] if marked else None),
+        text=text,
+        site=site,
+        is_main=title != "" and namespace == "0" and revision.get("model", "wikitext") == "wikitext",
+    )
 
 
 def _article(page: _Page, file_name: str) -> Article:
@@ -232,12 +321,6 @@ def _article(page: _Page, file_name: str) -> Article:
         url=page.site.base + name if page.site.base else "",
         licence="CC BY-SA 4.0",
     )
-
-
-def _normal(title: str) -> str:
-    """A title as MediaWiki compares it: without section, underscores as spaces, the first letter in upper case."""
-    title = " ".join(title.partition("#")[0].replace("_", " ").split())
-    return title[:1].upper() + title[1:]
 
 
 def _is_disambiguation(page: _Page) -> bool:

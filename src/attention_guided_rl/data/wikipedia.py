@@ -73,6 +73,7 @@ REPEATED = "named twice"
 
 _ADDRESS = re.compile(r"[a-zA-Z][\w+.-]*://")
 _HOST = re.compile(r"([a-z]{2,}(?:-[a-z]+)*)(?:\.m)?\.wikipedia\.org")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _NO_TITLE = re.compile(r"[\x00-\x1f\x7f<>\[\]{}|\ufffd]")
 _LINK = re.compile(r"\[\[([^\[\]|#:\n]{1,100})")
 
@@ -253,6 +254,9 @@ class _Page(_Kept):
         return self.sha256 == _digest(self.wikitext)
 
 
+_ADAPTERS: dict[type[_Kept], TypeAdapter[Any]] = {shape: TypeAdapter(shape) for shape in (_Site, _List, _Page)}
+
+
 class _Store:
     """The files of one wiki in the cache. Their names are hashes: a title is never a name of a file."""
 
@@ -262,10 +266,10 @@ class _Store:
     def read(self, shape: type[Kept], requested: str) -> Kept | None:
         """Return what is kept, or None; what is damaged counts as not there."""
         try:
-            kept = TypeAdapter(shape).validate_json(self._path(shape, requested).read_bytes())
+            kept: Kept = _ADAPTERS[shape].validate_json(self._path(shape, requested).read_bytes())
         except (OSError, ValidationError):
             return None
-        return kept if (kept.site, kept.requested) == (self._site, requested) and kept.is_sound() else None
+        return kept if (kept.site, kept.requested) == (self._site, kept.requested) and kept.is_sound() else None
 
     def write(self, kept: _Kept) -> None:
         """Keep what was not there; raise StorageError where the disk refuses."""
@@ -291,6 +295,10 @@ class _Store:
         return self._folder / f"{_digest(name)}.json"
 
 
+def _quoted(titles: Sequence[str]) -> str:
+    return ", ".join(repr(title[:100]) for title in titles[:NUM_HINTS])
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -310,11 +318,11 @@ class _Library:
             return article
         hint = "change corpus.title"
         if article == SEVERAL:
-            meanings = ", ".join(dict.fromkeys(one_line(link).strip() for link in _LINK.findall(page.wikitext)))
-            hint = f"set corpus.title to one of its meanings: {', '.join(meanings.split(', ')[:NUM_HINTS])}"
+            meanings = list(dict.fromkeys(link.strip() for link in _LINK.findall(page.wikitext)))
+            hint = f"set corpus.title to one of its meanings: {_quoted(meanings)}"
         elif article in (MISSING, INVALID):
             hint = self._wiki.nearest(title) or hint
-        raise CorpusError(f"{self._place.host}: {one_line(title)!r}: {article}; {hint}")
+        raise CorpusError(f"{self._place.host}: {title[:200]!r}: {article}; {hint}")
 
     def articles(self, titles: Sequence[str]) -> list[Article]:
         """Return the articles with these titles; what is none is counted and left out.
@@ -360,7 +368,7 @@ class _Library:
             titles = self._wiki.titles(query, limit)
             if not titles:
                 hint = self._wiki.nearest(similar, "14") if similar else ""
-                raise CorpusError(f"{self._place.host}: {one_line(requested)}: no articles; {hint or 'name another'}")
+                raise CorpusError(f"{self._place.host}: {requested}: no articles; {hint or 'name another'}")
             return _List(site=self._place.site, requested=requested, titles=titles)
 
         return self._kept(_List, requested, fetch).titles
@@ -381,7 +389,7 @@ class _Library:
         found = self._look_up(titles, keep_problems)
         missing = [title for title in titles if title not in found]
         if missing:
-            self._network.require_online(f"{self._place.host}: {one_line(missing[0])!r}")
+            self._network.require_online(f"{self._place.host}: {missing[0][:200]!r}")
             licence = self._site.licence
         for batch in _batches(missing):
             with self._store.lock():
@@ -557,7 +565,7 @@ class _Wiki:
 
     def about(self, requested: str) -> _Site:
         """Ask the wiki for its namespaces and its licence."""
-        (query, *_) = self._ask(SITE_QUERY)
+        query = next(self._ask(SITE_QUERY))
         special = [query.namespaces[key] for key in ("-2", "6", "14") if key in query.namespaces]
         names = {name.lower() for namespace in special for name in (namespace.name, namespace.canonical) if name}
         rights = [one_line(part) for part in (query.rightsinfo.text, query.rightsinfo.url)]
@@ -569,14 +577,14 @@ class _Wiki:
 
     def titles(self, query: Mapping[str, str], limit: int) -> tuple[str, ...]:
         """Return the titles of a list, at most `limit`."""
-        titles: list[str] = []
+        titles: dict[str, None] = {}
         for reply in self._ask(query):
-            listed = [normal_title(page.title) for page in (*reply.categorymembers, *reply.random) if page.ns == 0]
-            new = [title for title in dict.fromkeys(listed) if title not in titles]
-            titles += new
-            if len(titles) >= limit or (reply.random and not new):  # random pages go on for ever
+            before = len(titles)
+            listed = (*reply.categorymembers, *reply.random)
+            titles |= dict.fromkeys(normal_title(page.title) for page in listed if page.ns == 0)
+            if len(titles) >= limit or (reply.random and len(titles) == before):  # random pages go on for ever
                 break
-        return tuple(titles[:limit])
+        return tuple(titles)[:limit]
 
     def pages(self, titles: Sequence[str], licence: str) -> list[_Page]:
         """Return the page that each of at most MAX_TITLES titles leads to, behind redirects."""
@@ -600,7 +608,7 @@ class _Wiki:
         return _Page(
             site=self.place.site,
             requested=requested,
-            title=one_line(reply.title, 255),
+            title=_CONTROL.sub("\ufffd", " ".join(reply.title.split())),
             page_id=reply.pageid,
             revision=revision.revid,
             timestamp=revision.timestamp,
@@ -618,7 +626,7 @@ class _Wiki:
             found = self._attempt({**BASE_QUERY, **query}).query.search
         except (Transient, RemoteError):
             return ""
-        return f"nearest: {', '.join(repr(one_line(page.title)) for page in found[:NUM_HINTS])}" if found else ""
+        return f"nearest: {_quoted([page.title for page in found])}" if found else ""
 
     def _ask(self, parameters: Mapping[str, str]) -> Iterator[_Query]:
         """Yield the parts of a reply until it is complete.
