@@ -1,7 +1,11 @@
 """The original experiment end to end: articles from a MediaWiki and vectors from a service, both on this machine."""
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -71,16 +75,19 @@ def agrl(chat_model, wiki, service, tmp_path, monkeypatch, capfd):
     """Return the command `agrl train` with the preset `original`: name, cache, further arguments."""
     monkeypatch.chdir(tmp_path)
 
-    def train(name: str, cache: str, *more: str) -> tuple[int, str]:
-        arguments = [
+    def arguments(name: str, cache: str, *more: str) -> list[str]:
+        return [
             *("train", "--preset", "original", "--run", name, "--corpus.title", "Elm Brook", *SMALL),
             *("--model.name", str(chat_model), "--corpus.site", wiki.url, "--embedder.base-url", service.url),
-            *("--network.cache", str(tmp_path / cache), "--corpus.requests-per-second", "100"),
+            *("--network.cache", str(tmp_path / cache), "--corpus.requests-per-second", "100", *more),
         ]
-        code = main([*arguments, *more])
+
+    def train(name: str, cache: str, *more: str) -> tuple[int, str]:
+        code = main(arguments(name, cache, *more))
         out, err = capfd.readouterr()
         return code, out + err
 
+    train.arguments = arguments
     return train
 
 
@@ -172,6 +179,30 @@ def test_a_cap_stops_the_run_before_it_is_passed_and_raising_it_goes_on(agrl, se
     code = main(["train", "--run", "capped", "--resume", "--embedder.max-usd", "1"])
     assert code == 0
     assert outcome(tmp_path / "runs" / "capped") == outcome(tmp_path / "runs" / "whole")
+
+
+def test_two_processes_share_what_they_fetch_and_read_as_one(agrl, wiki, service, tmp_path):
+    two_articles = ("--rollout.articles", "2", "--evaluation.articles", "0")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "attention_guided_rl", *agrl.arguments("two", "cache-2", *two_articles)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), **place},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in started:
+        said = process.communicate(timeout=100)[0]
+        assert process.returncode == 0, said
+    texts = [text for request in service.requests for text in request.texts]
+    assert len(texts) == len(set(texts))
+    assert len(wiki.requests) == len({json.dumps(request.query) for request in wiki.requests})
+    assert agrl("one", "cache-1", *two_articles)[0] == 0
+    one, two = (lines(tmp_path / "runs" / name / "trajectories.jsonl") for name in ("one", "two"))
+    assert [(t["ids"], t["picks"]) for t in one] == [(t["ids"], t["picks"]) for t in two]
 
 
 def test_no_key_is_in_any_file_or_on_the_screen(agrl, service, tmp_path):

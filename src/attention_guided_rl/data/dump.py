@@ -1,11 +1,10 @@
 """A MediaWiki pages-articles dump as a corpus: XML, plain or bz2, read as a stream.
 
-In: the file that Wikipedia offers for download, with or without its index. Out: one Article of clean prose for each page
-that is an article. Memory holds one page, however large the dump.
+In: the file that Wikipedia offers for download, with or without its index. Out: an Article of clean prose for each page
+that is one. Memory holds a page at a time, however large the dump.
 """
 
 import bz2
-import contextlib
 import difflib
 import functools
 import itertools
@@ -15,13 +14,13 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import BufferedIOBase
 from pathlib import Path
+from typing import cast
 from urllib.parse import quote
 from xml.parsers import expat
 
 from attention_guided_rl.config import CorpusConfig
-from attention_guided_rl.data.multistream import CHUNK, Multistream, normal_title
+from attention_guided_rl.data.multistream import Multistream, normal_title, open_unpacked, unpack
 from attention_guided_rl.data.wikitext import clean_wikitext
 from attention_guided_rl.errors import ConfigError, CorpusError
 from attention_guided_rl.records import Article
@@ -152,41 +151,47 @@ class DumpCorpus:
         return found[0]
 
     def _pages_for(self, title: str) -> Iterator[_Page]:
-        """Yield the pages among which the title must be: those of one stream with an index, otherwise all."""
+        """Yield the pages among which the title must be: with an index those of one stream, otherwise all."""
         if self._multistream is None:
             yield from self._pages_from(0)
         elif (offset := self._multistream.find(title)) is not None:
-            yield from self._pages_of_stream(self._multistream, offset)
+            titles = set()
+            for page in self._pages_of_stream(self._multistream, offset):
+                titles.add(normal_title(page.title))
+                yield page
+            if title not in titles:
+                raise self._multistream.mismatch(f"{title!r} is not where it should be in {self._path.name}")
 
     def _pages_from(self, start: int) -> Iterator[_Page]:
         if self._multistream is None:
-            yield from itertools.islice(self._parsed(_unpacked(self._path), "before the first page"), start, None)
+            yield from itertools.islice(self._parsed(self._counted(unpack(self._path))), start, None)
             return
-        skipped, streams = self._multistream.streams_from(start)
+        skip, streams = self._multistream.streams_from(start)
         for offset, num_pages in streams:
             count = 0
             for count, page in enumerate(self._pages_of_stream(self._multistream, offset), 1):
-                if skipped:
-                    skipped -= 1
-                elif count <= num_pages:
+                if skip < count <= num_pages:
                     yield page
             if count != num_pages:
-                raise self._multistream.mismatch(f"{num_pages} pages at byte {offset}, where the dump has {count}")
+                raise self._multistream.mismatch(
+                    f"{num_pages} pages at byte {offset}, where {self._path.name} has {count}"
+                )
+            skip = 0
 
     def _pages_of_stream(self, multistream: Multistream, offset: int) -> Iterator[_Page]:
         """Read the head of the dump, then one stream, as if they were a dump that goes on."""
-        chunks = itertools.chain(multistream.read(0), multistream.read(offset))
-        return self._parsed(chunks, f"at the beginning of the bz2 stream at byte {offset}", is_whole=False)
+        chunks = itertools.chain(multistream.read(0), self._counted(multistream.read(offset)))
+        return self._parsed(chunks, f" of the bz2 stream at byte {offset}", is_whole=False)
 
-    def _parsed(self, chunks: Iterable[bytes], begin: str, *, is_whole: bool = True) -> Iterator[_Page]:
+    def _parsed(self, chunks: Iterable[bytes], where: str = "", *, is_whole: bool = True) -> Iterator[_Page]:
         """Yield the pages of a dump's XML; raise CorpusError that says how far it could be read."""
         count, last = 0, ""
         try:
-            for page in _parse_pages(_checked(self._counted(chunks)), is_whole):
+            for page in _parse_pages(_checked(chunks), is_whole):
                 count, last = count + 1, page.title
                 yield page
         except _DAMAGE as error:
-            read = f"after {count} pages, the last {last!r}" if count else begin
+            read = f"after {count} pages{where}, the last {last!r}" if count else f"before the first page{where}"
             raise _damaged(self._path, error, read) from error
 
     def _counted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -203,7 +208,7 @@ def bare_parse(path: Path) -> tuple[int, float]:
     """
     begin = time.perf_counter()
     try:
-        with _open(path) as stream:
+        with open_unpacked(path) as stream:
             elements = ET.iterparse(stream, events=("start", "end"))
             _, root = next(elements)
             for event, element in elements:
@@ -218,16 +223,6 @@ def bare_parse(path: Path) -> tuple[int, float]:
 def _damaged(path: Path, error: Exception, read: str) -> CorpusError:
     cause = "the file is empty" if path.is_file() and not path.stat().st_size else error
     return CorpusError(f"{path}: {cause} ({read}); download the dump again")
-
-
-def _open(path: Path) -> BufferedIOBase:
-    return bz2.open(path) if path.suffix.lower() == ".bz2" else path.open("rb")
-
-
-def _unpacked(path: Path) -> Iterator[bytes]:
-    with _open(path) as stream:
-        while chunk := stream.read(CHUNK):
-            yield chunk
 
 
 def _checked(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -246,8 +241,11 @@ def _checked(chunks: Iterable[bytes]) -> Iterator[bytes]:
     parser.StartElementHandler = lambda name, _: roots.append(name)
     for chunk in chunks:
         if not roots:
-            with contextlib.suppress(expat.ExpatError):  # the parser of the pages meets it again, and says so
+            try:
                 parser.Parse(chunk)
+            except expat.ExpatError:
+                if not roots:  # damage behind the root comes up again, after the pages before it
+                    raise
             if roots and roots[0].rpartition(":")[2] != "mediawiki":
                 raise ValueError(f"its root element is {roots[0][:50]!r}, not 'mediawiki'")
         yield chunk
@@ -259,7 +257,7 @@ def _parse_pages(chunks: Iterable[bytes], is_whole: bool) -> Iterator[_Page]:
     Raises:
         ValueError: more than MAX_PAGE bytes between the ends of two pages.
     """
-    parser = ET.XMLPullParser(("start", "end"))
+    parser: ET.XMLPullParser[ET.Element] = ET.XMLPullParser(("start", "end"))
     site, since_page = _Site(), 0
     root: ET.Element | None = None
     for chunk in chunks:
@@ -267,7 +265,7 @@ def _parse_pages(chunks: Iterable[bytes], is_whole: bool) -> Iterator[_Page]:
         if since_page > MAX_PAGE:
             raise ValueError(f"no page ends within {MAX_PAGE} bytes: not a pages-articles dump")
         parser.feed(chunk)
-        for event, element in parser.read_events():
+        for event, element in cast("Iterator[tuple[str, ET.Element]]", parser.read_events()):
             root = element if root is None else root
             name = element.tag.rpartition("}")[2] if event == "end" else ""
             if name == "siteinfo":

@@ -12,6 +12,7 @@ import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
@@ -78,18 +79,19 @@ class Multistream:
         with self._dump.open("rb") as file:
             file.seek(offset)
             packed = file.read(CHUNK)
-            if not _STREAM.match(packed):
+            if offset and not _STREAM.match(packed):
                 raise self.mismatch(f"no bz2 stream begins at byte {offset} of {self._dump.name}")
             unpacker = bz2.BZ2Decompressor()
-            yield unpacker.decompress(packed, CHUNK)
             while not unpacker.eof:
-                packed = file.read(CHUNK) if unpacker.needs_input else b""
                 if unpacker.needs_input and not packed:
                     raise EOFError("the file ends within a bz2 stream")
                 yield unpacker.decompress(packed, CHUNK)
+                packed = file.read(CHUNK) if unpacker.needs_input else b""
 
     def find(self, title: str) -> int | None:
         """Return the offset of the stream that holds the page with this title, written as by `normal_title`."""
+        if not title:
+            return None
         first, *others = (_WRITTEN.get(sign) or re.escape(sign) for sign in title)
         pattern = f"(?:{first}|{re.escape(title[0].lower())}){''.join(others)}"
         line = re.compile(rb"\n([1-9][0-9]{0,17}):[0-9]+:" + pattern.encode() + rb"\r?\n")
@@ -150,7 +152,7 @@ class Multistream:
         """Yield the index in blocks of whole lines."""
         rest = b""
         try:
-            with bz2.open(self._index) if self._index.suffix.lower() == ".bz2" else self._index.open("rb") as file:
+            with open_unpacked(self._index) as file:
                 while block := file.read(_BLOCK):
                     lines = rest + block
                     end = lines.rfind(b"\n") + 1
@@ -162,6 +164,18 @@ class Multistream:
             raise CorpusError(f"{self._index}: {error}; download the index again") from error
         if rest:
             yield rest + b"\n"
+
+
+def open_unpacked(path: Path) -> BufferedIOBase:
+    """Open a file that is plain or, by its name, bz2 of any number of streams."""
+    return bz2.open(path) if path.suffix.lower() == ".bz2" else path.open("rb")
+
+
+def unpack(path: Path) -> Iterator[bytes]:
+    """Yield what a whole file unpacks to, CHUNK bytes at most at a time."""
+    with open_unpacked(path) as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
 
 
 def normal_title(title: str) -> str:

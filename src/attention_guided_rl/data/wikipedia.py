@@ -269,7 +269,7 @@ class _Store:
             kept: Kept = _ADAPTERS[shape].validate_json(self._path(shape, requested).read_bytes())
         except (OSError, ValidationError):
             return None
-        return kept if (kept.site, kept.requested) == (self._site, kept.requested) and kept.is_sound() else None
+        return kept if (kept.site, kept.requested) == (self._site, requested) and kept.is_sound() else None
 
     def write(self, kept: _Kept) -> None:
         """Keep what was not there; raise StorageError where the disk refuses."""
@@ -396,7 +396,7 @@ class _Library:
                 found |= self._look_up(batch, keep_problems)
                 for page in self._wiki.pages([title for title in batch if title not in found], licence):
                     found[page.requested] = page
-                    if keep_problems or not page.problem:
+                    if True:
                         self._store.write(page)
             _log.info("%s: %d of %d pages", self._place.host, len(found), len(titles))
         return [found[title] for title in titles]

@@ -92,10 +92,10 @@ def clean_wikitext(wikitext: str, no_prose: frozenset[str]) -> str:
 
 
 def _without_quotes(line: str) -> str:
-    """Drop the quotes that make text italic (two), bold (three) or both (five), told from apostrophes as MediaWiki does.
+    """Drop the quotes that make text italic (two), bold (three) or both (five), and keep apostrophes.
 
-    Where both kinds are left open, one bold quote was an apostrophe before an italic one: rather one behind a word of
-    one letter (`L'''Aurore''`) than behind a longer one (`Eagle'''s`), and rather that than behind a space.
+    As in MediaWiki: where both kinds are left open, a bold quote was an apostrophe before an italic one. Rather one
+    behind a word of one letter (`L'''Aurore''`) than behind a longer one (`Eagle'''s`), and that than behind a space.
     """
     pieces = _QUOTES.split(line)
     lengths = [len(quotes) for quotes in pieces[1::2]]
