@@ -65,7 +65,7 @@ def _dispatch(arguments: list[str]) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    if options.command in ("train", "headroom", "config") and ("--help" in rest or "-h" in rest):
+    if options.command in ("train", "corpus", "headroom", "config") and ("--help" in rest or "-h" in rest):
         _print_config_help(options.command)
         return 0
     overrides = parse_overrides(rest)
@@ -160,6 +160,11 @@ def _parser() -> argparse.ArgumentParser:
     rollout.add_argument("--out", metavar="FILE", type=Path, help="also write the orders as orders.jsonl")
     rollout.add_argument("--articles", metavar="N", type=int, default=1, help="articles to read (the first is shown)")
 
+    corpus = add("corpus", _corpus, "show what a corpus holds before training on it", configurable=True)
+    corpus.add_argument("--articles", metavar="N", type=int, default=1000, help="places to read; 0: a whole pass")
+    corpus.add_argument("--sample", metavar="N", type=int, default=3, help="pairs to show of the first article")
+    corpus.add_argument("--json", action="store_true", help="print the figures as JSON")
+
     add("headroom", _headroom, "measure what there is to win before training", configurable=True)
     add("config", _config, "print the resolved configuration", configurable=True)
     return parser
@@ -223,6 +228,18 @@ def _rollout(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     else:
         session = runs.open_untrained(load_config(options.preset, options.config, overrides))
     runs.rollout(session, num_articles=options.articles, out=options.out)
+    return 0
+
+
+def _corpus(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from attention_guided_rl import survey
+    from attention_guided_rl.config import load_config
+
+    for name in ("articles", "sample"):
+        if getattr(options, name) < 0:
+            raise ConfigError(f"command line: --{name} must not be negative, got {getattr(options, name)}")
+    config = load_config(options.preset, options.config, overrides)
+    survey.show(config, num_places=options.articles, num_sample=options.sample, as_json=options.json)
     return 0
 
 

@@ -3,15 +3,16 @@
 In: Config. Out: a Survey, to be printed or written as JSON. Of an article read, only a few numbers are kept.
 """
 
+import contextlib
 import functools
 import itertools
-import math
+import json
 import sys
 import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attention_guided_rl.config import Config, CorpusConfig
-from attention_guided_rl.data import CORPORA, dump
-from attention_guided_rl.data.corpus import Corpus
+from attention_guided_rl.config import Config, CorpusConfig, PairsConfig
+from attention_guided_rl.data import CORPORA
+from attention_guided_rl.data.dump import bare_parse
 from attention_guided_rl.data.hygiene import CleanCorpus, NearDuplicates, Place, signature, split_of
 from attention_guided_rl.data.pairs import CutArticle, cut_article
 from attention_guided_rl.errors import ConfigError, CorpusError
-from attention_guided_rl.loading import load_tokenizer, max_positions
+from attention_guided_rl.loading import load_tokenizer
 from attention_guided_rl.model import decode_ids, encode_text
 from attention_guided_rl.network import Network
 from attention_guided_rl.records import Article
-from attention_guided_rl.session import resolve
+from attention_guided_rl.sizes import context_tokens, resolve_sizes
+from attention_guided_rl.tables import resolve
 from attention_guided_rl.template import build_template
-from attention_guided_rl.tracking import visible
+from attention_guided_rl.tracking import make_console, visible
 
-RESIDUE = ("{{", "}}", "[[", "]]", "<ref", "|-", "&nbsp;")
+RESIDUE = ("{{", "}}", "[[", "]]", "<ref", "|-", "&nbsp;", "thumb|")
 """What is left of wikitext where its conversion failed."""
 ENDLESS = ("encyclopedia",)
 """Kinds of corpora whose first pass never ends."""
@@ -47,17 +49,19 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """What training and evaluation ask of the corpus."""
+    """What is asked of the corpora."""
 
+    tokenizer: str
+    cut: str
+    key_tokens: int
+    value_tokens: int
     num_pairs: int
     """N: pairs of an article to train on it; `auto` as it is resolved."""
     num_probes: int
     """P: further pairs of an article to evaluate on it."""
-    cut: str
-    key_tokens: int
-    value_tokens: int
-    articles: int
-    """Articles read in all: updates × articles an update, or those of the evaluation."""
+    training_articles: int
+    """Updates × articles an update."""
+    evaluation_articles: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +126,8 @@ class Speed:
     tokenising_s: float
     bytes_read: int | None
     """`dump`: bytes of XML after decompression."""
-    bare_parse_s: float | None
-    """`dump`, whole pass: the time to decompress and parse the same bytes and do nothing with them."""
+    bare_bytes_per_s: float | None
+    """`dump` after a whole pass: bytes of XML a second if the file is decompressed and parsed and nothing else."""
     peak_memory: int | None
     """Most bytes that the process has held so far."""
 
@@ -152,7 +156,7 @@ class Overlap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What is known of a corpus after reading it."""
+    """What is known of a corpus after reading it; strict JSON by `dataclasses.asdict`."""
 
     source: str
     need: Need
@@ -186,106 +190,96 @@ def survey(
         if num_places == 0 and corpus.kind in ENDLESS:
             raise ConfigError(f"--articles 0 asks for a whole pass, but corpus.kind: {corpus.kind} never ends")
     network, tokenizer = Network(config.network), load_tokenizer(config.model, offline=config.network.offline)
-    training = TimedCorpus(config.corpus, network)
     read = functools.partial(
         survey_corpus,
-        config=config,
+        network=network,
         tokenizer=tokenizer,
-        num_pairs=_num_pairs(training, config, tokenizer),
+        pairs=config.pairs,
+        need=_need(config, tokenizer, network),
         num_places=num_places,
         announce=announce,
     )
-    needed = config.training.updates * config.rollout.articles
     if held_out is None:
-        return read(training, needed=needed, num_sample=num_sample)
+        return read(config.corpus, num_sample=num_sample)
     compared = _Compared(min(num_places or MAX_COMPARED, MAX_COMPARED))
-    other = read(TimedCorpus(held_out, network), needed=config.evaluation.articles, each=compared.keep)
-    own = read(training, needed=needed, num_sample=num_sample, each=compared.look_for)
+    other = read(held_out, each=compared.keep)
+    own = read(config.corpus, num_sample=num_sample, each=compared.look_for)
     return replace(own, held_out=other, overlap=compared.overlap())
 
 
 def survey_corpus(
-    corpus: "TimedCorpus",
-    config: Config,
+    config: CorpusConfig,
+    network: Network,
     tokenizer: Any,
-    num_pairs: int,
+    pairs: PairsConfig,
+    need: Need,
     num_places: int,
     *,
-    needed: int,
     num_sample: int = 0,
     each: Callable[[Article], None] = lambda article: None,
     announce: Announce = lambda line: None,
 ) -> Survey:
-    """Survey the first places of one corpus; call `each` with every article left to read."""
+    """Survey the first places of one corpus (0: a whole pass); call `each` with every article left to read."""
+    source = describe(config)
+    announce(source)
+    corpus = _TimedCorpus(config, network)
     encode, decode = _CountingEncoder(tokenizer), functools.partial(decode_ids, tokenizer)
-    tally, sample, source = _Tally(), None, describe(corpus.config)
-    for place in itertools.islice(CleanCorpus(corpus, corpus.config).places(0, 0), num_places or None):
+    tally, sample = _Tally(), None
+    for place in itertools.islice(CleanCorpus(corpus, config).places(0, 0), num_places or None):
         tally.count_place(place)
         if tally.counts["places"] % ANNOUNCE_EVERY == 0:
             announce(f"{source}: {tally.counts['places']:,} places")
         if place.readable is None:
             continue
         tokens_before = encode.tokens
-        cut = cut_article(place.readable, encode, config.pairs)
+        cut = cut_article(place.readable, encode, pairs)
         tally.count_article(cut, encode.tokens - tokens_before, decode)
-        if sample is None and num_sample and len(cut.pairs) >= num_pairs:
+        if sample is None and num_sample and len(cut.pairs) >= need.num_pairs:
             sample = _sample(cut, num_sample, decode)
         each(place.readable)
     whole_pass = num_places == 0 or tally.counts["places"] < num_places
     return Survey(
         source=source,
-        need=_need(config, num_pairs, needed),
+        need=need,
         places=tally.places(whole_pass, getattr(corpus.opened, "num_near_duplicates", 0)),
-        pairs=tally.pairs(num_pairs, num_pairs + config.evaluation.num_probes),
+        pairs=tally.pairs(need.num_pairs, need.num_pairs + need.num_probes),
         speed=_speed(corpus, encode.seconds, whole_pass),
         sample=sample,
     )
 
 
-def require_usable(found: Survey, config: Config) -> None:
+def require_usable(found: Survey) -> None:
     """Raise CorpusError if no article has enough pairs to train on, or to evaluate on if that is to follow."""
-    evaluated = found.held_out or found
+    need, evaluated = found.need, found.held_out or found
     if not found.pairs.enough_to_train:
-        unusable, num_pairs = found, found.need.num_pairs
-    elif config.evaluation.articles and not evaluated.pairs.enough_to_evaluate:
-        unusable, num_pairs = evaluated, found.need.num_pairs + found.need.num_probes
+        unusable, num_pairs = found, need.num_pairs
+    elif need.evaluation_articles and not evaluated.pairs.enough_to_evaluate:
+        unusable, num_pairs = evaluated, need.num_pairs + need.num_probes
     else:
         return
     raise CorpusError(
-        f"{unusable.source}: none of the {unusable.places.articles:,} articles read has the {num_pairs} pairs needed, "
-        f"of {found.need.key_tokens} + {found.need.value_tokens} tokens; lower pairs.num_pairs or the lengths"
+        f"{unusable.source}: of {unusable.places.articles:,} articles none has the {num_pairs:,} pairs needed, of "
+        f"{need.key_tokens} + {need.value_tokens} tokens; lower pairs.num_pairs or the lengths"
     )
 
 
 def describe(corpus: CorpusConfig) -> str:
     """Name a corpus in a few words."""
-    what: dict[str, list[object]] = {
-        "encyclopedia": [corpus.variant, f"seed {corpus.seed}"],
-        "hub": [corpus.name, corpus.subset],
-        "wikipedia": [
-            corpus.site or corpus.language,
-            corpus.category and f"category {corpus.category}",
-            f"{len(corpus.titles)} titles" if corpus.titles else None,
-            f"{corpus.random} random articles" if corpus.random else None,
-            corpus.path,
-        ],
-    }
-    words = [*what.get(corpus.kind, [corpus.path]), corpus.title and repr(corpus.title)]
-    words.append(None if corpus.split == "all" else f"split {corpus.split}")
-    return " ".join([corpus.kind, ", ".join(str(word) for word in words if word)]).strip()
+    seed = f", seed {corpus.seed}" if corpus.kind == "encyclopedia" else ""
+    split = "" if corpus.split == "all" else f", split {corpus.split}"
+    return f"{corpus.label}{seed}{split}"
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-class TimedCorpus:
+class _TimedCorpus:
     """A corpus as configured, opened, that counts the seconds spent inside it."""
 
     def __init__(self, config: CorpusConfig, network: Network) -> None:
         self.config, self.seconds = config, 0.0
         began = time.perf_counter()
-        make: Callable[[CorpusConfig, Network], Corpus] = resolve(CORPORA, config.kind, "corpus.kind")
-        self.opened = make(config, network)
+        self.opened = resolve(CORPORA, config.kind, "corpus.kind")(config, network)
         self.seconds += time.perf_counter() - began
 
     def articles(self, epoch: int, start: int) -> Iterator[Article | None]:
@@ -394,9 +388,7 @@ class _Compared:
             self._titles += [article.title] if len(self._titles) < NUM_TITLES else []
 
     def overlap(self) -> Overlap:
-        return Overlap(
-            articles=self._met, same_id=self._same_id, titles=tuple(self._titles), compared=self._kept
-        )
+        return Overlap(articles=self._met, same_id=self._same_id, titles=tuple(self._titles), compared=self._kept)
 
 
 def num_with_residue(cut: CutArticle, decode: Decode) -> int:
@@ -425,40 +417,32 @@ def _sample(cut: CutArticle, num_pairs: int, decode: Decode) -> Sample:
     return Sample(title=cut.article.title, pairs=tuple(texts))
 
 
-def _need(config: Config, num_pairs: int, articles: int) -> Need:
+def _need(config: Config, tokenizer: Any, network: Network) -> Need:
+    evaluated, num_pairs = config.evaluation.articles > 0, config.pairs.num_pairs
+    if num_pairs == "auto":
+        template, encode = build_template(tokenizer, config.template), functools.partial(encode_text, tokenizer)
+        num_pairs, _ = resolve_sizes(config, template, encode, network, context_tokens(config))
     return Need(
-        num_pairs=num_pairs,
-        num_probes=config.evaluation.num_probes if config.evaluation.articles else 0,
+        tokenizer=config.model.name,
         cut=config.pairs.cut,
         key_tokens=config.pairs.key_tokens,
         value_tokens=config.pairs.value_tokens,
-        articles=articles,
+        num_pairs=num_pairs,
+        num_probes=config.evaluation.num_probes if evaluated else 0,
+        training_articles=config.training.updates * config.rollout.articles,
+        evaluation_articles=config.evaluation.articles,
     )
 
 
-def _num_pairs(corpus: TimedCorpus, config: Config, tokenizer: Any) -> int:
-    """Return N; `auto`: all pairs of the first article that the context holds, and at least the 2 that it takes."""
-    if config.pairs.num_pairs != "auto":
-        return config.pairs.num_pairs
-    offline = config.network.offline
-    context = config.rollout.context_tokens or max_positions(config.model, offline=offline)
-    template = build_template(tokenizer, config.template)
-    fits = template.steps_that_fit(context, config.rollout.query_tokens, config.pairs.value_tokens)
-    article = next(filter(None, CleanCorpus(corpus, corpus.config).articles(0, 0)), None)
-    has = 0 if article is None else len(cut_article(article, _CountingEncoder(tokenizer), config.pairs).pairs)
-    return max(2, min(fits, has))
-
-
-def _speed(corpus: TimedCorpus, tokenising_s: float, whole_pass: bool) -> Speed:
-    bytes_read = getattr(corpus.opened, "bytes_read", None)
-    bare_parse_s = None
-    if bytes_read is not None and whole_pass and corpus.config.path is not None:  # otherwise it would take hours
-        _, bare_parse_s = dump.bare_parse(corpus.config.path)
+def _speed(corpus: _TimedCorpus, tokenising_s: float, whole_pass: bool) -> Speed:
+    config, bare = corpus.config, None
+    if config.kind == "dump" and config.path is not None and config.title is None and whole_pass:
+        bare = bare_parse(config.path)  # after a part of it, this would take as long as all the rest
     return Speed(
         reading_s=corpus.seconds,
         tokenising_s=tokenising_s,
-        bytes_read=bytes_read,
-        bare_parse_s=bare_parse_s,
+        bytes_read=getattr(corpus.opened, "bytes_read", None),
+        bare_bytes_per_s=bare[0] / bare[1] if bare else None,
         peak_memory=_peak_memory(),
     )
 
@@ -473,3 +457,134 @@ def _peak_memory() -> int | None:
 
 
 # -- for a person ------------------------------------------------------------------------------------------------------
+
+
+def show(config: Config, *, num_places: int, num_sample: int, as_json: bool = False) -> None:
+    """Survey and print; raise CorpusError, once all is printed, if training would find nothing to read."""
+    console = make_console()
+    if as_json:
+        found = survey(config, num_places, num_sample=num_sample)
+        print(json.dumps(asdict(found), indent=1, allow_nan=False))
+    else:
+        with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
+            found = survey(
+                config,
+                num_places,
+                num_sample=num_sample,
+                announce=lambda line: status.update(Text(visible(line))) if status else None,
+            )
+        print_survey(console, found)
+    require_usable(found)
+
+
+def print_survey(console: Console, found: Survey) -> None:
+    """Print a survey, what it means for the run, and the sample."""
+    console.print(Text(visible(found.source), style="bold"))
+    _print_grid(console, facts(found))
+    if found.places.articles:
+        console.print(_sizes(found.pairs))
+    _print_grid(console, prospects(found))
+    if found.overlap is not None and found.overlap.articles:
+        titles = ", ".join(repr(visible(title)) for title in found.overlap.titles)
+        more = ", …" if found.overlap.articles > len(found.overlap.titles) else ""
+        console.print(Text(f"warning: evaluation.corpus has articles that are trained on: {titles}{more}", style="red"))
+    if found.sample is not None:
+        console.print(Text(f"\n{visible(found.sample.title)}", style="bold"))
+        _print_grid(console, [(visible(key), f"→ {visible(value)}") for key, value in found.sample.pairs])
+
+
+def facts(found: Survey) -> list[tuple[str, str]]:
+    """Return what was counted, as (name, words)."""
+    places, pairs, need, memory = found.places, found.pairs, found.need, found.speed.peak_memory
+    total = 0 if pairs.pairs_per_article is None else pairs.pairs_per_article.total
+    of_other_splits = sum(places.by_split.values()) - places.articles
+    near_duplicates = places.near_duplicates + places.near_duplicates_on_opening
+    left_out = f"{places.empty:,} empty, {near_duplicates:,} near-duplicates"
+    with_key = f", {pairs.repeated_pairs:,} with its key" if pairs.repeated_values else ""
+    rows = [
+        ("places", f"{places.read:,} read, a whole pass" if places.whole_pass else f"the first {places.read:,} read"),
+        ("left out", left_out + (f", {of_other_splits:,} of other splits" if of_other_splits else "")),
+        ("by title", ", ".join(f"{count:,} {split}" for split, count in places.by_split.items())),
+        ("articles", _enough(found)),
+    ]
+    if pairs.enough_to_train != pairs.enough_to_evaluate:
+        rows.append(("", f"{pairs.enough_to_train:,} give at least {need.num_pairs:,}, enough to train on"))
+    if pairs.key_len is not None and (pairs.key_len, pairs.value_len) != (need.key_tokens, need.value_tokens):
+        rows.append(("lengths", f"keys of {pairs.key_len:.1f}, values of {pairs.value_len:.1f} tokens in the mean"))
+    rows += [
+        ("repeats", f"{_share(pairs.repeated_values, total)} repeat a value of the article{with_key}"),
+        ("wikitext", f"{_share(pairs.with_residue, total)} have some left"),
+        ("reading", _reading_words(found.speed)),
+        ("tokenising", f"{found.speed.tokenising_s:.1f} s with the tokenizer of {visible(need.tokenizer)}"),
+    ]
+    return rows if memory is None else [*rows, ("memory", f"{memory / 1e6:,.0f} MB at the peak")]
+
+
+def prospects(found: Survey) -> list[tuple[str, str]]:
+    """Return what the counts mean for training and evaluation, as (name, words)."""
+    need, evaluated = found.need, found.held_out
+    rows = [("training", _supply(need.training_articles, found.pairs.enough_to_train, found.places))]
+    if not need.evaluation_articles:
+        return rows
+    if evaluated is None:
+        supply = _supply(need.evaluation_articles, found.pairs.enough_to_evaluate, found.places)
+        return [*rows, ("evaluation", f"on the same articles, for evaluation.corpus names no other: {supply}")]
+    supply = _supply(need.evaluation_articles, evaluated.pairs.enough_to_evaluate, evaluated.places)
+    rows += [("evaluation", f"{visible(evaluated.source)}: {supply}"), ("", _enough(evaluated))]
+    if found.overlap is not None:
+        among = "" if found.overlap.compared < MAX_COMPARED else f", looked for among its first {MAX_COMPARED:,}"
+        rows.append(("overlap", f"{found.overlap.articles:,} articles, by id or as near-duplicates{among}"))
+    return rows
+
+
+def _enough(found: Survey) -> str:
+    """Say how many articles have N + P pairs."""
+    need = found.need
+    wanted = f"{need.num_pairs:,}" + (f" + {need.num_probes}" if need.num_probes else "")
+    lengths = f"{'at most ' if need.cut == 'sentences' else ''}{need.key_tokens} + {need.value_tokens} tokens"
+    return f"{found.pairs.enough_to_evaluate:,} of {found.places.articles:,} give at least {wanted} pairs of {lengths}"
+
+
+def _supply(needed: int, has: int, places: Places) -> str:
+    """Say whether so many articles come up before one comes up again."""
+    if not has:
+        return f"{needed:,} articles are needed"
+    if has >= needed:
+        return f"{needed:,} articles are needed, {has:,} have enough: none is read twice"
+    if places.whole_pass:
+        return f"{needed:,} articles are needed, {has:,} have enough: {needed / has:.1f} passes over them"
+    likely = -(-needed * places.read // has)
+    return f"{needed:,} articles are needed, {has:,} have enough so far: at this rate, the first {likely:,} places do"
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} of {total:,} pairs ({100 * count / total:.2f} %)" if total else "none of no pairs"
+
+
+def _reading_words(speed: Speed) -> str:
+    if speed.bytes_read is None:
+        return f"{speed.reading_s:.1f} s"
+    megabytes, bare = speed.bytes_read / 1e6, speed.bare_bytes_per_s
+    words = f"{megabytes:,.1f} MB of XML in {speed.reading_s:.1f} s: {megabytes / speed.reading_s:.1f} MB/s"
+    return words if bare is None else f"{words}; bare parse {bare / 1e6:.1f} MB/s"
+
+
+def _sizes(pairs: Pairs) -> Table:
+    table = Table(title="Sizes", title_justify="left")
+    for column in ("", "min", "median", "mean", "max", "total"):
+        table.add_column(column, justify="right" if column else "left")
+    named = {"pairs of an article": pairs.pairs_per_article, "tokens of an article": pairs.tokens_per_article}
+    for name, spread in named.items():
+        if spread is not None:
+            numbers = (f"{spread.median:,.10g}", f"{spread.mean:,.1f}", f"{spread.max:,}", f"{spread.total:,}")
+            table.add_row(name, f"{spread.min:,}", *numbers)
+    return table
+
+
+def _print_grid(console: Console, rows: list[tuple[str, str]]) -> None:
+    """Print two columns whose text is wrapped in its column."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(min_width=10)  # the longest name
+    for name, words in rows:
+        grid.add_row(Text(name), Text(words))
+    console.print(grid, soft_wrap=False)

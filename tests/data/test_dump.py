@@ -51,8 +51,16 @@ def write(folder: Path, *pages: str, head: str = HEAD) -> Path:
     return path
 
 
-def read(path: Path, *, start: int = 0, title: str | None = None) -> list[Article]:
+def places(path: Path, *, start: int = 0, title: str | None = None) -> list[Article | None]:
     return list(DumpCorpus(CorpusConfig(kind="dump", path=path, title=title)).articles(0, start))
+
+
+def read(path: Path, *, title: str | None = None) -> list[Article]:
+    return [article for article in places(path, title=title) if article is not None]
+
+
+def titles(found: list[Article | None]) -> list[str | None]:
+    return [article and article.title for article in found]
 
 
 def clean(wikitext: str) -> str:
@@ -110,12 +118,19 @@ NO_ARTICLES = {
 
 
 @pytest.mark.parametrize("other", NO_ARTICLES.values(), ids=NO_ARTICLES.keys())
-def test_page_that_is_no_article_is_left_out(tmp_path, other):
+def test_page_that_is_no_article_is_an_empty_place(tmp_path, other):
     path = write(tmp_path, other, page("A", "Aap."), other, page("B", "Beer."))
 
-    assert [a.title for a in read(path)] == ["A", "B"]
+    assert titles(places(path)) == [None, "A", None, "B"]
     with pytest.raises(CorpusError, match=r"nlwiki\.xml: only redirects or disambiguation pages"):
         read(write(tmp_path, other))
+
+
+def test_end_of_a_pass_need_not_hold_an_article(tmp_path):
+    path = write(tmp_path, page("A", "Aap."), page("R", "", redirect="A"), page("S", "", redirect="A"))
+
+    assert titles(places(path, start=1)) == [None, None]
+    assert places(path, start=3) == []
 
 
 def test_article_that_mentions_disambiguation_is_kept(tmp_path):
@@ -128,7 +143,7 @@ def test_too_large_page_is_skipped_with_a_line_in_the_log(tmp_path, caplog, monk
     monkeypatch.setattr(dump, "MAX_WIKITEXT", 9)
     path = write(tmp_path, page("Large", "Ten signs."), page("Small", "Nine sig."))
     with caplog.at_level(logging.WARNING):
-        assert [a.title for a in read(path)] == ["Small"]
+        assert titles(places(path)) == [None, "Small"]
 
     assert caplog.messages == [f"{path}: skipped 'Large': 10 characters of wikitext"]
     with pytest.raises(CorpusError, match="'Large' is empty or too large"):
@@ -140,18 +155,47 @@ def five(tmp_path):
     return write(tmp_path, *(page(f"T{i}", f"Text {i}.") + page(f"R{i}", "", redirect="T0") for i in range(5)))
 
 
-@pytest.mark.parametrize("start", range(7))
-def test_start_is_a_slice_of_the_pass(five, start):
-    assert [a.title for a in read(five)] == ["T0", "T1", "T2", "T3", "T4"]
-    assert read(five, start=start) == read(five)[start:]
+FIVE = ["T0", None, "T1", None, "T2", None, "T3", None, "T4", None]
+
+
+@pytest.mark.parametrize("start", range(12))
+def test_reading_from_a_place_on_is_the_end_of_a_whole_pass(five, start):
+    assert titles(places(five)) == FIVE
+    assert titles(places(five, start=start)) == FIVE[start:]
+    assert places(five, start=start) == places(five)[start:]
 
 
 def test_going_to_a_place_cleans_nothing_before_it(five, monkeypatch):
     cleaned = []
     monkeypatch.setattr(dump, "clean_wikitext", lambda text, no_prose: cleaned.append(text) or text)
-    read(five, start=3)
+    places(five, start=6)
 
     assert cleaned == ["Text 3.", "Text 4."]
+
+
+def test_bytes_of_xml_are_counted_over_all_passes(tmp_path):
+    path = write(tmp_path, page("A", "Aap."), page("R", "", redirect="A"))
+    packed = tmp_path / "nlwiki.xml.bz2"
+    packed.write_bytes(bz2.compress(path.read_bytes()))
+    corpus = DumpCorpus(CorpusConfig(kind="dump", path=packed))
+    assert corpus.bytes_read == 0
+    for passes in (1, 2):
+        list(corpus.articles(passes, 0))
+        assert corpus.bytes_read == passes * path.stat().st_size
+
+
+@pytest.mark.parametrize("pack", [bytes, bz2.compress])
+def test_bare_parse_tells_bytes_and_seconds(tmp_path, pack):
+    content = write(tmp_path, page("A", "Aap."), page("B", "Beer.")).read_bytes()
+    path = tmp_path / ("bare.xml" if pack is bytes else "bare.xml.bz2")
+    path.write_bytes(pack(content))
+    num_bytes, seconds = dump.bare_parse(path)
+
+    assert num_bytes == len(content)
+    assert 0 < seconds < 5
+    path.write_bytes(pack(content)[:-40])
+    with pytest.raises(CorpusError, match=r"bare\.xml.*in a bare parse"):
+        dump.bare_parse(path)
 
 
 REDIRECTS = (
@@ -239,6 +283,24 @@ def truncated_bz2(folder: Path) -> Path:
     return packed
 
 
+def second_stream(folder: Path) -> tuple[bytes, bytes]:
+    pages = write(folder, page("A", "Aap."), page("R", "", redirect="A"), page("B", "Beer.")).read_bytes()
+    cut = pages.index(b"<page><title>B")
+    return bz2.compress(pages[:cut]), bz2.compress(pages[cut:])
+
+
+def truncated_second_stream(folder: Path) -> Path:
+    first, second = second_stream(folder)
+    (folder / "nlwiki.xml.bz2").write_bytes(first + second[:-1])
+    return folder / "nlwiki.xml.bz2"
+
+
+def damaged_second_stream(folder: Path) -> Path:
+    first, second = second_stream(folder)
+    (folder / "nlwiki.xml.bz2").write_bytes(first + second[:20] + b"damage" + second[26:])
+    return folder / "nlwiki.xml.bz2"
+
+
 def damaged_bz2(folder: Path) -> Path:
     return write(folder, page("A", "Aap.")).rename(folder / "nlwiki.xml.bz2")
 
@@ -283,6 +345,8 @@ ERRORS = {
     empty: "the file is empty (before the first page)",
     truncated_xml: "(after 1 pages, the last 'A'); download the dump again",
     truncated_bz2: "ended before the end-of-stream marker",
+    truncated_second_stream: "(after 2 pages, the last 'R'); download the dump again",
+    damaged_second_stream: "(after 2 pages, the last 'R'); download the dump again",
     damaged_bz2: "Invalid data stream (before the first page)",
     not_utf8: "(after 1 pages, the last 'A')",
     web_page: "its root element is 'html'",
@@ -320,6 +384,13 @@ def test_unusable_dump_is_refused_in_one_line_that_names_it(tmp_path, monkeypatc
         ("1 < 2, 3 > 2, a<b", "1 < 2, 3 > 2, a<b"),
         ("A <nowiki>[[b]] {{c}} ''d''</nowiki> e", "A [[b]] {{c}} d e"),
         ("Call f() now.", "Call f() now."),
+        # quotes: of two kinds left open on a line, one bold quote is an apostrophe
+        ("''Eagle'''s crew.", "Eagle's crew."),
+        ("He read L'''Aurore''.\n''One'' '''two\n''three", "He read L'Aurore. One two three"),
+        ("x '''a''' ''bb'''c d'''e\nx '''a ''bb'''c '''d", "x a bbc d'e x a bb'c d"),
+        ("x '''a ''b", "x 'a b"),
+        ("''''Mills'''' grind, '''a''''s too, ''''''b'''''.", "'Mills' grind, a's too, 'b."),
+        ("''a''<sub>''i''</sub>{{b}}''c''", "aic"),
         # links
         ("A [[mill]]er at [[Sea (water)|the sea]] and [[:Category:Mills|mills]].", "A miller at the sea and mills."),
         ("A[[File:a.jpg|thumb|A [[mill]] [http://b c]]] b[[image:c.png]][[Category:D]]", "A b"),

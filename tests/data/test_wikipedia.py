@@ -385,6 +385,14 @@ def test_second_run_of_a_list_does_not_ask_for_what_was_missing(mills, network):
     assert read(mills, network, title="Zzz")[0].text == "It is there now."
 
 
+def test_title_that_was_mistaken_is_not_kept(mills, network):
+    with pytest.raises(CorpusError, match="no such page"):
+        read(mills, network, title="Zzz")
+    mills.pages["Zzz"] = Page("It is there now.")
+
+    assert [a.text for a in read(mills, network, titles=("Zzz",))] == ["It is there now."]
+
+
 def test_category_is_kept(mills, network):
     first = read(mills, network, category="Mills")
     mills.pages["Zaan mill"] = Page("A new mill.", categories=("Mills",))

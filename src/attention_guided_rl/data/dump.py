@@ -4,7 +4,6 @@ In: the file that Wikipedia offers for download, with or without its index. Out:
 that is one. Memory holds a page at a time, however large the dump.
 """
 
-import bz2
 import difflib
 import functools
 import itertools
@@ -21,7 +20,7 @@ from xml.parsers import expat
 
 from attention_guided_rl.config import CorpusConfig
 from attention_guided_rl.data.multistream import Multistream, normal_title, open_unpacked, unpack
-from attention_guided_rl.data.wikitext import clean_wikitext
+from attention_guided_rl.data.wikitext import clean_wikitext, is_disambiguation, redirect_target
 from attention_guided_rl.errors import ConfigError, CorpusError
 from attention_guided_rl.records import Article
 
@@ -30,13 +29,7 @@ MAX_PAGE = 2**25  # bytes of XML without the end of a page: a decompression bomb
 MAX_REDIRECTS = 5  # each costs a pass over the file, or over its index
 NO_PROSE_NAMESPACES = frozenset(("file", "image", "media", "category"))
 
-_REDIRECT = re.compile(r"\s*#redirect\b[^\[\n]*\[\[([^\]|\n]+)", re.IGNORECASE)
-_DISAMBIGUATION = re.compile(
-    r"\{\{(?:[a-z \n_-]*disambig(?:uation)?(?:[ _-](?:page|cleanup))?"
-    r"|disamb|dab|hndis|geodis|numberdis|roaddis|schooldis|hospitaldis|mil-unit-dis|mathdab)[ \n]{0,9}[|}]",
-    re.IGNORECASE,
-)
-
+_HEAD = 2**12  # bytes; most dumps need no more to be known for dumps
 _DAMAGE = (ET.ParseError, expat.ExpatError, EOFError, OSError, ValueError, LookupError)
 _log = logging.getLogger(__name__)
 
@@ -240,14 +233,16 @@ def _checked(chunks: Iterable[bytes]) -> Iterator[bytes]:
     parser.StartDoctypeDeclHandler = refuse
     parser.StartElementHandler = lambda name, _: roots.append(name)
     for chunk in chunks:
-        if not roots:
+        for i in range(0, 0 if roots else len(chunk), _HEAD):
             try:
-                parser.Parse(chunk)
+                parser.Parse(chunk[i : i + _HEAD])
             except expat.ExpatError:
                 if not roots:  # damage behind the root comes up again, after the pages before it
                     raise
-            if roots and roots[0].rpartition(":")[2] != "mediawiki":
-                raise ValueError(f"its root element is {roots[0][:50]!r}, not 'mediawiki'")
+            if roots:
+                break
+        if roots and roots[0].rpartition(":")[2] != "mediawiki":
+            raise ValueError(f"its root element is {roots[0][:50]!r}, not 'mediawiki'")
         yield chunk
 
 
@@ -296,12 +291,12 @@ def _read_page(element: ET.Element, site: _Site) -> _Page:
     title, text = given.get("title", ""), revision.get("text", "")
     elsewhere = ":" in title and title.partition(":")[0].lower() in site.namespaces
     namespace = given.get("ns") or ("unknown" if elsewhere else "0")
-    target, marked = page.get("redirect"), _REDIRECT.match(text)
+    redirect = page.get("redirect")
     return _Page(
         title=title,
         id=given.get("id", ""),
         revision=revision.get("id", ""),
-        redirect=(target.get("title") if target is not None else None) or (marked[1] if marked else None),
+        redirect=(redirect.get("title") if redirect is not None else None) or redirect_target(text),
         text=text,
         site=site,
         is_main=title != "" and namespace == "0" and revision.get("model", "wikitext") == "wikitext",
@@ -322,4 +317,4 @@ def _article(page: _Page, file_name: str) -> Article:
 
 
 def _is_disambiguation(page: _Page) -> bool:
-    return page.title.lower().endswith("(disambiguation)") or _DISAMBIGUATION.search(page.text) is not None
+    return page.title.lower().endswith("(disambiguation)") or is_disambiguation(page.text)

@@ -12,6 +12,7 @@ files should be small; for a whole Wikipedia use `corpus.kind: dump`.
 """
 
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from attention_guided_rl.config import CorpusConfig
+from attention_guided_rl.data.hygiene import without_near_duplicates
+from attention_guided_rl.data.plain_text import clean, one_line
 from attention_guided_rl.errors import ConfigError, CorpusError
 from attention_guided_rl.randomness import Purpose, generator
 from attention_guided_rl.records import Article, PairText
@@ -33,7 +36,6 @@ MAX_BAD_SHARE = 0.1  # of the lines of a JSONL file; more suggest that it is som
 MAX_SUBJECT = 2**31  # labels end in 64-bit tensors
 GIVEN_FIELDS = ("source", "url", "revision", "licence", "id")
 
-_NOT_TEXT = re.compile(r"[\x00\ud800-\udfff]")  # NUL and lone surrogates, which cannot be tokenised or written
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _COMMENT = re.compile(r"<!--[^<>]*-->")
 _FENCE = re.compile(r" {0,3}(```|~~~)")
@@ -82,7 +84,12 @@ class FilesCorpus:
         articles = [article for path, name in _list_files(config.path) for article in _read_file(path, name)]
         if not articles:
             raise CorpusError(f"{config.path}: empty, no article in it; set corpus.path to files with text")
-        self._articles = articles if config.title is None else _with_title(articles, config.title, config.path)
+        chosen = articles if config.title is None else _with_title(articles, config.title, config.path)
+        self._articles = without_near_duplicates(chosen) if config.drop_near_duplicates else chosen
+        self.num_near_duplicates = len(chosen) - len(self._articles)
+        """Articles left out because they nearly repeat another; places count the rest."""
+        if self.num_near_duplicates:
+            _warn_once(f"{config.path}: {self.num_near_duplicates} near-duplicates left out")
         self._shuffle = config.shuffle
         self._seed = config.seed
 
@@ -93,6 +100,12 @@ class FilesCorpus:
             order = generator(self._seed, Purpose.SHUFFLE, epoch).permutation(len(order)).tolist()
         for place in order[start:]:
             yield self._articles[place]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Log a warning, once however often a run opens the corpus."""
+    _log.warning(message)
 
 
 def _list_files(path: Path) -> list[tuple[Path, str]]:
@@ -121,13 +134,13 @@ def _with_title(articles: list[Article], title: str, path: Path) -> list[Article
 def _read_file(path: Path, name: str) -> list[Article]:
     """Return the articles of a file; none, with a line in the log, if it is empty."""
     try:
-        text = _clean(path.read_bytes().decode("utf-8-sig"))
+        text = clean(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: byte {error.start} is not valid UTF-8; convert the file to UTF-8") from error
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read ({error.strerror}); make it readable or remove it") from error
     suffix = path.suffix.lower()
-    title = _one_line(_clean(path.stem)) or "untitled"
+    title = one_line(path.stem) or "untitled"
     if suffix == ".jsonl":
         entries = _read_jsonl(path, text, title)
     else:
@@ -138,7 +151,7 @@ def _read_file(path: Path, name: str) -> list[Article]:
     seen: Counter[str] = Counter()
     articles = []
     for entry in entries:
-        articles.append(_article(entry, _clean(name), seen[entry.title]))
+        articles.append(_article(entry, clean(name), seen[entry.title]))
         seen[entry.title] += 1
     return articles
 
@@ -168,7 +181,7 @@ def _read_jsonl(path: Path, text: str, default_title: str) -> list[_Entry]:
             try:
                 good.append(_parse_line(line, default_title))
             except ValueError as error:
-                bad.append((number, _one_line(str(error))))
+                bad.append((number, one_line(str(error))))
     if bad:
         total = len(good) + len(bad)
         report = f"{path}:{bad[0][0]}: {bad[0][1]}; {len(bad)} of {total} lines are unusable"
@@ -200,8 +213,8 @@ def _parse_line(line: str, default_title: str) -> _Entry:
         raise ValueError("not an object but deeply nested lists") from error
     if type(row) is not dict:
         raise ValueError(f"not an object but {type(row).__name__}")
-    given = {name: value for name in GIVEN_FIELDS if (value := _one_line(_field(row, name)))}
-    title = _one_line(_field(row, "title"))
+    given = {name: value for name in GIVEN_FIELDS if (value := one_line(_field(row, name)))}
+    title = one_line(_field(row, "title"))
     if "key" not in row and "value" not in row:
         text = _field(row, "text")
         if not title or not text:
@@ -212,7 +225,7 @@ def _parse_line(line: str, default_title: str) -> _Entry:
         raise ValueError("'key' or 'value' is missing or empty")
     if subject is not None and (type(subject) is not int or not 0 <= subject < MAX_SUBJECT):
         raise ValueError("'subject' is not a small integer from 0 on")
-    title = _one_line(_field(row, "article")) or title or default_title
+    title = one_line(_field(row, "article")) or title or default_title
     return _Entry(title, f"{key} {value}", (PairText(key, value, subject),), given)
 
 
@@ -223,7 +236,7 @@ def _field(row: dict[str, Any], name: str) -> str:
         return ""
     if not isinstance(value, str) and (type(value) is not int or name not in GIVEN_FIELDS):
         raise ValueError(f"{name!r} is not text")
-    return _clean(str(value)).strip()
+    return clean(str(value)).strip()
 
 
 def _strip_markdown(text: str) -> tuple[str, str]:
@@ -242,16 +255,8 @@ def _strip_markdown(text: str) -> tuple[str, str]:
                 words = pattern.sub(replacement, words)
             lines.append(words.rstrip())
             if heading and len(heading[1]) == 1:
-                title = title or _one_line(words)
+                title = title or one_line(words)
     return title, re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
-
-
-def _clean(text: str) -> str:
-    return _NOT_TEXT.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _digest(text: str) -> str:

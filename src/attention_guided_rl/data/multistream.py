@@ -21,7 +21,8 @@ from jaxtyping import Int64
 from attention_guided_rl.errors import CorpusError
 from attention_guided_rl.randomness import Purpose, generator
 
-CHUNK = 2**16  # bytes, unpacked or packed, that are in memory at once
+CHUNK = 2**20  # bytes unpacked at a time: bz2 is slow if other work takes the cache within its blocks of 900 kB
+_PACKED = 2**16  # bytes read of a stream at a time; most streams have a few hundred thousand
 
 _BLOCK = 2**20  # bytes of the index that are looked at together
 _MAX_LINE = 2**12  # bytes; titles have at most 255, and a few more where `&` is written `&amp;`
@@ -78,7 +79,7 @@ class Multistream:
         """
         with self._dump.open("rb") as file:
             file.seek(offset)
-            packed = file.read(CHUNK)
+            packed = file.read(_PACKED)
             if offset and not _STREAM.match(packed):
                 raise self.mismatch(f"no bz2 stream begins at byte {offset} of {self._dump.name}")
             unpacker = bz2.BZ2Decompressor()
@@ -86,7 +87,7 @@ class Multistream:
                 if unpacker.needs_input and not packed:
                     raise EOFError("the file ends within a bz2 stream")
                 yield unpacker.decompress(packed, CHUNK)
-                packed = file.read(CHUNK) if unpacker.needs_input else b""
+                packed = file.read(_PACKED) if unpacker.needs_input else b""
 
     def find(self, title: str) -> int | None:
         """Return the offset of the stream that holds the page with this title, written as by `normal_title`."""
@@ -99,10 +100,10 @@ class Multistream:
         return next((int(match[1]) for match in found if match), None)
 
     def nearest(self, title: str) -> list[str]:
-        """Return up to three titles that resemble this one and begin with the same letter."""
+        """Return up to three other titles that resemble this one and begin with the same letter."""
         line = re.compile(rb"\n[0-9]+:[0-9]+:(" + re.escape(title[:1]).encode() + rb"[^\r\n]*)")
-        names = (name for lines in self._blocks() for name in line.findall(b"\n" + lines))
-        return difflib.get_close_matches(title, (html.unescape(name.decode(errors="replace")) for name in names))
+        names = (name.decode(errors="replace") for lines in self._blocks() for name in line.findall(b"\n" + lines))
+        return difflib.get_close_matches(title, (other for name in names if (other := html.unescape(name)) != title))
 
     def mismatch(self, what: str) -> CorpusError:
         """Return the error for an index and a dump that do not agree."""
@@ -174,7 +175,7 @@ def open_unpacked(path: Path) -> BufferedIOBase:
 def unpack(path: Path) -> Iterator[bytes]:
     """Yield what a whole file unpacks to, CHUNK bytes at most at a time."""
     with open_unpacked(path) as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read1(CHUNK):  # `read` would lose what is before damage
             yield chunk
 
 

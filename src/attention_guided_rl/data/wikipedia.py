@@ -396,7 +396,7 @@ class _Library:
                 found |= self._look_up(batch, keep_problems)
                 for page in self._wiki.pages([title for title in batch if title not in found], licence):
                     found[page.requested] = page
-                    if True:
+                    if keep_problems or not page.problem:
                         self._store.write(page)
             _log.info("%s: %d of %d pages", self._place.host, len(found), len(titles))
         return [found[title] for title in titles]

@@ -2,12 +2,13 @@
 
 Wikitext becomes prose in four steps, whose time is bounded whatever a page holds, for anybody may write one:
 
-1. comments and the elements that hold no prose (references, formulas, galleries, tables) go;
+1. comments, the quotes of bold and italic text, and the elements that hold no prose (references, formulas, galleries,
+   tables) go;
 2. one scan over `{{ }}`, `{| |}` and `[[ ]]` with a stack: tables, files and categories go, links become their label,
    templates go but for the few that hold running text (`{{convert|5|km}}` → "5 km");
 3. headings go, and so do the sections that only list (See also, References, …);
-4. quotes go, mwparserfromhell strips what is left from the paragraphs that still hold markup, and punctuation that
-   stood around removed parts is mended.
+4. mwparserfromhell strips the rest from the paragraphs that still hold markup, and punctuation that stood around
+   removed parts is mended.
 """
 
 import itertools
@@ -28,12 +29,19 @@ NO_PROSE_SECTIONS = {
 TEXT_TEMPLATES = {"nowrap", "nobold", "small", "smaller", "angbr", "nihongo", "quote", "blockquote"}
 FIXED_TEMPLATES = {"ndash": "–", "mdash": "—", "snd": " – ", "spaced ndash": " – ", "nbsp": " ", "'s": "'s", "·": "·"}
 
+_REDIRECT = re.compile(r"\s*#redirect\b[^\[\n]*\[\[([^\]|\n]+)", re.IGNORECASE)
+_DISAMBIGUATION = re.compile(
+    r"\{\{(?:[a-z \n_-]*disambig(?:uation)?(?:[ _-](?:page|cleanup))?"
+    r"|disamb|dab|hndis|geodis|numberdis|roaddis|schooldis|hospitaldis|mil-unit-dis|mathdab)[ \n]{0,9}[|}]",
+    re.IGNORECASE,
+)
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 _NO_PROSE_TAG = re.compile(
     r"</?(?:ref|references|math|chem|ce|gallery|table|timeline|imagemap|score|hiero|syntaxhighlight|source|graph|pre"
     r"|mapframe|maplink|templatedata|inputbox|categorytree|indicator|nowiki)\b[^<>]*>",
     re.IGNORECASE,
 )
+_SIMPLE_REFERENCE = re.compile(r"<ref\b[^<>/]*>[^<]*</ref>")  # most of them
 # Nine links in ten: a name without colon or brackets, a label without brackets. Their label is the group.
 _SIMPLE_LINK = re.compile(r"\[\[(?:[^][{}|:]{1,500}\||(?![^][{}|]{0,500}:))([^][{}|]{0,500})\]\]")
 # Each alternative begins with a fixed character, or the search is slow; so tables bring the end of the line before.
@@ -56,8 +64,9 @@ _MARKUP = tuple(  # before mwparserfromhell
         (r"<", "&lt;"),  # no tag is left, and on "<a <a …" the parser takes quadratic time
     )
 )
-_ODD = re.compile(r"[(\[,.;:!?)\]](?:(?<=[(\[])[ ,;:)\]]|(?<=[ ,;].))")  # where there may be something to mend
-_MENDS = tuple(  # after it, on single spaces: on long runs of them these would take quadratic time
+# Where there may be something to mend: behind an opening bracket, or before other punctuation.
+_ODD = re.compile(r"[(\[,.;:!?)\]](?:(?<=[(\[])[ ,;:)\]]|(?<=[ ,;][,.;:!?)\]]))")
+_MENDS = tuple(  # after mwparserfromhell, on single spaces: on long runs of them these would take quadratic time
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"([,;])(?: ?[,;])+", r"\1"),
@@ -67,6 +76,17 @@ _MENDS = tuple(  # after it, on single spaces: on long runs of them these would 
         (r" +([,.;:!?])(?=[\s\")]|$)", r"\1"),
     )
 )
+
+
+def redirect_target(wikitext: str) -> str | None:
+    """Return the title that a page redirects to, if it does."""
+    redirect = _REDIRECT.match(wikitext)
+    return redirect[1] if redirect else None
+
+
+def is_disambiguation(wikitext: str) -> bool:
+    """Return whether a page lists the meanings of its title, by its templates."""
+    return _DISAMBIGUATION.search(wikitext) is not None
 
 
 def clean_wikitext(wikitext: str, no_prose: frozenset[str]) -> str:
@@ -82,7 +102,7 @@ def clean_wikitext(wikitext: str, no_prose: frozenset[str]) -> str:
 
     text = _COMMENT.sub("", wikitext)
     text = "\n".join(_without_quotes(line) if "''" in line else line for line in text.split("\n"))
-    text = _replace_spans(text, _NO_PROSE_TAG, _element)
+    text = _replace_spans(_SIMPLE_REFERENCE.sub("", text), _NO_PROSE_TAG, _element)
     text = "".join(_SIMPLE_LINK.split(text))  # what is between matches, and the group of each
     text = _replace_spans("\n" + text, _BRACKET, bracket)
     for pattern, replacement in _MARKUP:
@@ -97,6 +117,8 @@ def _without_quotes(line: str) -> str:
     As in MediaWiki: where both kinds are left open, a bold quote was an apostrophe before an italic one. Rather one
     behind a word of one letter (`L'''Aurore''`) than behind a longer one (`Eagle'''s`), and that than behind a space.
     """
+    if "'''" not in line:
+        return line.replace("''", "")
     pieces = _QUOTES.split(line)
     lengths = [len(quotes) for quotes in pieces[1::2]]
     kept = [1 if n == 4 else max(0, n - 5) for n in lengths]
