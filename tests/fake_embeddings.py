@@ -22,6 +22,7 @@ import socket
 import struct
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -166,7 +167,8 @@ class EmbeddingServer:
     def _bill(self, model: str, num_tokens: int) -> None:
         with self._lock:
             self.billed_tokens += num_tokens
-            self.billed_usd += num_tokens * USD_PER_MILLION.get(model, 0.0) / 1e6
+            nano_usd = num_tokens * round(1000 * USD_PER_MILLION.get(model, 0.0))
+            self.billed_usd = (round(1e9 * self.billed_usd) + nano_usd) / 1e9
 
     def _compute(self, number: int, asked: dict[str, Any], fault: str | None) -> dict[str, Any]:
         """Return the reply as JSON-like data, damaged as the fault says."""
@@ -251,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         service = self.server_
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path != "/v1/embeddings":
+        if urllib.parse.urlsplit(self.path).path != "/v1/embeddings":  # which has a host if this is asked as a proxy
             self._send(self._error(404, f"Unknown URL {self.path}", "invalid_request_error", "unknown_url"))
             return
         number, fault = service._receive(asked, dict(self.headers))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
@@ -566,7 +566,8 @@ def text_type(dotted: str) -> type | None:
         if cls is object:
             return None
     hint = get_type_hints(cls).get(leaf)
-    return next((t for t in (hint, *get_args(hint)) if t in (str, Path)), None)
+    options = () if get_origin(hint) is tuple else (hint, *get_args(hint))
+    return next((t for t in options if t in (str, Path)), None)
 
 
 def dotted_fields(cls: type = Config, prefix: str = "") -> Iterator[str]:

@@ -74,16 +74,16 @@ class Network:
         if self.config.offline:
             raise RemoteError(f"{what} is not in the cache, and --offline allows no connection")
 
-    def client(self, address: str, *, trusted: bool, headers: dict[str, str] | None = None) -> httpx2.Client:
+    def client(self, address: str, *, trusted: bool, redirects_to: tuple[str, ...] = WIKIMEDIA) -> httpx2.Client:
         """Return a client for one service.
 
         `trusted`: the user has named this address, so it may be private. Any other address that a redirect leads to
-        must be an https page of a Wikimedia project that resolves to public addresses.
+        must be an https page in one of the domains `redirects_to` and resolve to public addresses.
         """
         home = web_address(address)
         return httpx2.Client(
-            transport=_GuardedTransport(home, trusted, self.config),
-            headers={"User-Agent": self._user_agent(), "Accept-Encoding": "gzip", **(headers or {})},
+            transport=_GuardedTransport(home, trusted, redirects_to, self.config),
+            headers={"User-Agent": self._user_agent(), "Accept-Encoding": "gzip"},
             timeout=httpx2.Timeout(self.config.timeout_s, connect=CONNECT_TIMEOUT),
             follow_redirects=True,
             max_redirects=5,
@@ -186,8 +186,8 @@ def retry_after(headers: httpx2.Headers) -> float | None:
 class _GuardedTransport(httpx2.BaseTransport):
     """Opens a connection only where it may go, to the very address that was checked."""
 
-    def __init__(self, home: httpx2.URL, trusted: bool, config: NetworkConfig) -> None:
-        self._home, self._trusted, self._config = home, trusted, config
+    def __init__(self, home: httpx2.URL, trusted: bool, redirects_to: tuple[str, ...], config: NetworkConfig) -> None:
+        self._home, self._trusted, self._redirects_to, self._config = home, trusted, redirects_to, config
         self._direct = httpx2.HTTPTransport(trust_env=True)
         self._proxies = _proxies()
         self._proxied: dict[str, httpx2.HTTPTransport] = {}
@@ -197,7 +197,7 @@ class _GuardedTransport(httpx2.BaseTransport):
         if self._config.offline:
             raise RemoteError(f"--offline: refused to connect to {url.host}")
         at_home = (url.scheme, url.host, url.port) == (self._home.scheme, self._home.host, self._home.port)
-        if not at_home and not (url.scheme == "https" and _ends_in(url.host, WIKIMEDIA)):
+        if not at_home and not (url.scheme == "https" and _ends_in(url.host, self._redirects_to)):
             raise UnsafeError(f"{self._home.host} redirects to {url.scheme}://{url.host}; refused")
         response = self._send(request, check=not (at_home and self._trusted))
         encoding = response.headers.pop("content-encoding", "").lower() or "identity"

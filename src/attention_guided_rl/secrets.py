@@ -11,6 +11,7 @@ MIN_LEN = 6  # characters; something shorter is a placeholder such as "none"
 def redact(text: str) -> str:
     """Return the text with the values of secret environment variables, and passwords in addresses, replaced."""
     for name, value in os.environ.items():
-        if _NAME.search(name) and len(value) >= MIN_LEN:
-            text = text.replace(value, f"[{name}]")
+        for secret in (value, value.strip()):  # which is what is sent
+            if _NAME.search(name) and len(secret) >= MIN_LEN:
+                text = text.replace(secret, f"[{name}]")
     return _PASSWORD.sub("[password]@", text)

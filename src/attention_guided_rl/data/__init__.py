@@ -29,6 +29,7 @@ def open_corpus(config: CorpusConfig, network: Network) -> Corpus:
 
 
 def is_private(config: CorpusConfig) -> bool:
-    """Return whether the text is of this machine, as far as one can know: only what anybody can read is not."""
+    """Return whether the text may be nobody else's business: only what anybody can read is surely not."""
     from_hub = config.kind == "hub" and not Path(config.name or "").exists()
-    return not from_hub and config.kind not in ("encyclopedia", "wikipedia")
+    from_wikipedia = config.kind == "wikipedia" and config.site is None
+    return not (from_hub or from_wikipedia or config.kind == "encyclopedia")

@@ -95,13 +95,13 @@ class Multistream:
             return None
         first, *others = (_WRITTEN.get(sign) or re.escape(sign) for sign in title)
         pattern = f"(?:{first}|{re.escape(title[0].lower())}){''.join(others)}"
-        line = re.compile(rb"\n([1-9][0-9]{0,17}):[0-9]+:" + pattern.encode() + rb"\r?\n")
+        line = re.compile(rb"\n([1-9][0-9]{0,17}):[0-9]+:" + pattern.encode(errors="surrogatepass") + rb"\r?\n")
         found = (line.search(b"\n" + lines) for lines in self._blocks())
         return next((int(match[1]) for match in found if match), None)
 
     def nearest(self, title: str) -> list[str]:
         """Return up to three other titles that resemble this one and begin with the same letter."""
-        line = re.compile(rb"\n[0-9]+:[0-9]+:(" + re.escape(title[:1]).encode() + rb"[^\r\n]*)")
+        line = re.compile(rb"\n[0-9]+:[0-9]+:(" + re.escape(title[:1]).encode(errors="surrogatepass") + rb"[^\r\n]*)")
         names = (name.decode(errors="replace") for lines in self._blocks() for name in line.findall(b"\n" + lines))
         return difflib.get_close_matches(title, (other for name in names if (other := html.unescape(name)) != title))
 
@@ -126,8 +126,8 @@ class Multistream:
         order = np.arange(len(offsets))
         if self._seed is not None:
             order = generator(self._seed, Purpose.SHUFFLE).permutation(len(offsets))
-        counts = np.array(num_pages)[order]
-        return _Streams(np.array(offsets)[order], counts, counts.cumsum())
+        counts = np.array(num_pages, np.int64)[order]
+        return _Streams(np.array(offsets, np.int64)[order], counts, counts.cumsum())
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         """Yield offset and number of neighbouring lines with the same offset."""
@@ -137,7 +137,7 @@ class Multistream:
             while position < len(lines):
                 run = _RUN.match(lines, position)
                 if run is None:
-                    bad = lines[position : position + 50].partition(b"\n")[0]
+                    bad = lines[position : position + 50].partition(b"\n")[0].decode(errors="replace")
                     raise CorpusError(
                         f"{self._index}:{line}: {bad!r} is no `offset:page id:title`; download the index again"
                     )

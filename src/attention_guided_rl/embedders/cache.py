@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from jaxtyping import Float32
 
 from attention_guided_rl.errors import SpendError, StorageError
@@ -33,7 +34,7 @@ CREATE INDEX IF NOT EXISTS spending_account ON spending (account);
 """
 
 logger = logging.getLogger(__name__)
-Vectors = dict[str, Float32[np.ndarray, " D"]]
+Vectors = dict[str, Float32[np.ndarray, " _"]]
 
 
 class VectorStore:
@@ -43,8 +44,11 @@ class VectorStore:
         """Open or create the file; raise StorageError if it cannot be used."""
         self._path = path
         self._owner = f"{os.getpid()}-{time.time_ns()}"
-        with self._errors():
-            self._db = sqlite3.connect(path, timeout=LOCK_TIMEOUT, isolation_level=None)
+        with (
+            self._errors(),
+            FileLock(path.with_suffix(".lock"), mode=0o600),
+        ):  # SQLite does not wait for a change of journal mode
+            self._db = sqlite3.connect(path, timeout=LOCK_TIMEOUT, isolation_level=None, check_same_thread=False)
             weakref.finalize(self, self._db.close)
             path.chmod(0o600)
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -69,7 +73,7 @@ class VectorStore:
                         self._db.execute("DELETE FROM vectors WHERE key = ?", (key,))
         return found
 
-    def put(self, identity: str, vectors: Mapping[str, Float32[np.ndarray, " D"]]) -> Vectors:
+    def put(self, identity: str, vectors: Mapping[str, Float32[np.ndarray, " _"]]) -> Vectors:
         """Store vectors durably and give up the claims on them; return what is stored: the first of each text."""
         rows = [(_key(identity, text), np.asarray(vector, np.float32).tobytes()) for text, vector in vectors.items()]
         with self._transaction():
@@ -108,7 +112,8 @@ class VectorStore:
             try:
                 yield
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # after some errors SQLite has gone back by itself
+                    self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
 

@@ -22,6 +22,7 @@ from attention_guided_rl.embedders.text import STORE, TextEmbedder, check_canari
 from attention_guided_rl.errors import AgrlError, ConfigError, CredentialsError, RemoteError, SpendError, UnsafeError
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network, Transient, is_loopback, retry_after, web_address
+from attention_guided_rl.secrets import redact
 
 DEFAULT_URL = "https://api.openai.com/v1"
 DEFAULT_MODEL = "text-embedding-ada-002"
@@ -52,12 +53,13 @@ class OpenAIEmbedder(TextEmbedder):
     @staticmethod
     def preflight(config: EmbedderConfig, network: Network) -> None:
         """Find out before anything large is loaded whether the service may be used and answers as it did."""
-        encoder = OpenAIEncoder(config, network)
-        if network.private_text and encoder.is_remote and not config.send_local_text:
+        host = service_address(config).host
+        if network.private_text and not is_loopback(host) and not config.send_local_text:
             raise UnsafeError(
-                f"the corpus is on this machine, and its keys would be sent to {encoder.host}; to allow that, set "
+                f"the corpus is on this machine, and its keys would be sent to {host}; to allow that, set "
                 "embedder.send_local_text: true (agrl train --dry-run shows how much it is)"
             )
+        encoder = OpenAIEncoder(config, network)
         if not network.config.offline:
             check_canaries(encoder, encoder.store)
 
@@ -73,7 +75,7 @@ class OpenAIEncoder:
 
     def __init__(self, config: EmbedderConfig, network: Network) -> None:
         url = service_address(config)
-        self.host, self.is_remote = url.host, not is_loopback(url.host)
+        self.host = url.host
         self._model = config.model or DEFAULT_MODEL
         self._asked_dimensions = config.dimensions
         self._max_texts = min(config.batch_texts or MAX_TEXTS, MAX_TEXTS)
@@ -83,10 +85,11 @@ class OpenAIEncoder:
         self._nano_usd_per_token = math.ceil(_price(config, url) * NANO / 1_000_000)
         self._network = network
         self.store = VectorStore(network.cache(STORE))
-        known = MODELS[self._model][0] if self._model in MODELS else known_dimensions(self.store, self.identity)
+        known = MODELS[self._model][0] if _is_openai(url) and self._model in MODELS else None
+        known = known or known_dimensions(self.store, self.identity)
         self._dimensions = config.dimensions or known  # None until the first reply
         self.ledger = Ledger(self.store, network.account, config.max_usd)
-        http_client = network.client(str(url), trusted=True)
+        http_client = network.client(str(url), trusted=True, redirects_to=())
         weakref.finalize(self, http_client.close)
         self._client = openai.OpenAI(
             api_key=_key(url),
@@ -147,8 +150,8 @@ class OpenAIEncoder:
                 raise error.__cause__ from None
             if isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout):
                 self.ledger.settle(entry, 0)
-            raise Transient(f"no answer ({error.__cause__ or error})") from error
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise Transient(f"no answer ({redact(str(error.__cause__ or error))})") from error
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise _MalformedError(f"not a list of embeddings ({type(error).__name__})") from error
         vectors = _checked(reply, len(texts), self._dimensions)
         self._dimensions = vectors.shape[1]
@@ -160,7 +163,7 @@ class OpenAIEncoder:
     def _refusal(self, error: openai.APIStatusError) -> Exception:
         """Return what an HTTP status other than success means."""
         status, service = error.status_code, f"{self._model} at {self.host}"
-        said = " ".join(str(error.message).split())[:200]
+        said = redact(" ".join(str(error.message).split()))[:200]
         if error.code == "insufficient_quota" or error.type == "insufficient_quota":
             return SpendError(f"{service}: the quota of this account is used up ({said}); add credit, then resume")
         if status in (401, 403):
@@ -195,7 +198,7 @@ def _cut(text: str) -> str:
 def _price(config: EmbedderConfig, url: httpx2.URL) -> float:
     if config.usd_per_million_tokens is not None:
         return config.usd_per_million_tokens
-    if url.host != web_address(DEFAULT_URL).host:
+    if not _is_openai(url):
         return 0.0
     model = config.model or DEFAULT_MODEL
     if model not in MODELS:
@@ -204,14 +207,20 @@ def _price(config: EmbedderConfig, url: httpx2.URL) -> float:
 
 
 def _key(url: httpx2.URL) -> str:
-    key = os.environ.get("OPENAI_API_KEY", "")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise CredentialsError("OPENAI_API_KEY holds characters that no key has; copy it again")
     if url.scheme != "https" and not is_loopback(url.host):
         if key:
             warnings.warn(f"OPENAI_API_KEY is not sent to {url.host}, whose address is not https", stacklevel=2)
         return "none"
-    if not key and url.host == web_address(DEFAULT_URL).host:
+    if not key and _is_openai(url):
         raise CredentialsError("embedder.kind: openai needs a key: set the environment variable OPENAI_API_KEY")
     return key or "none"
+
+
+def _is_openai(url: httpx2.URL) -> bool:
+    return url.host == web_address(DEFAULT_URL).host
 
 
 def _checked(reply: Any, num_texts: int, dimensions: int | None) -> Float32[np.ndarray, "M D"]:

@@ -90,23 +90,33 @@ class TextEmbedder:
         chosen = [vectors[prompt + text] if text.strip() else nothing for text in texts]
         return torch.from_numpy(np.stack(chosen))[:, None].to(ids.device)
 
-    def _vectors(self, texts: list[str]) -> dict[str, Float32[np.ndarray, " D"]]:
+    def _vectors(self, texts: list[str]) -> dict[str, Float32[np.ndarray, " _"]]:
         """Look texts up and have the missing ones encoded; what another process is at, is waited for."""
         found = self._store.get(self.identity, texts)
         try:
             while missing := [text for text in texts if text not in found]:
-                mine = self._store.claim(self.identity, missing, seconds=2 * self._network.config.deadline_s)
-                for batch in self._encoder.batches(mine):
-                    encoded = dict(zip(batch, self._encoder.encode(batch), strict=True))
-                    found |= self._store.put(self.identity, encoded)
-                if len(mine) < len(missing):
-                    found |= self._store.get(self.identity, [text for text in missing if text not in found])
-                    if not mine:
-                        time.sleep(CLAIM_WAIT)
+                for batch in self._encoder.batches(missing):
+                    mine = self._store.claim(self.identity, batch, seconds=2 * self._network.config.deadline_s)
+                    if mine:
+                        found |= self._store.put(self.identity, _encoded(self._encoder, mine, self._dimensions))
+                others = [text for text in missing if text not in found]
+                found |= self._store.get(self.identity, others)
+                if any(text not in found for text in others):
+                    time.sleep(CLAIM_WAIT)
         except BaseException:
             self._store.release()
             raise
         return found
+
+
+def _encoded(
+    encoder: TextEncoder, batch: Sequence[str], dimensions: int | None = None
+) -> dict[str, Float32[np.ndarray, " _"]]:
+    """Encode a batch; raise RemoteError for vectors that must not be stored."""
+    vectors = encoder.encode(batch)
+    if not np.isfinite(vectors).all() or dimensions not in (None, vectors.shape[1]):
+        raise RemoteError(f"embedder: {encoder.identity} gave vectors that are not finite, or of another length")
+    return dict(zip(batch, vectors, strict=True))
 
 
 def check_canaries(encoder: TextEncoder, store: VectorStore) -> None:
@@ -116,8 +126,8 @@ def check_canaries(encoder: TextEncoder, store: VectorStore) -> None:
         CheckpointError: the model behind this name has changed, so stored vectors do not go with new ones.
         RemoteError: the service cuts its input short.
     """
-    fresh = dict(zip(CANARIES, encoder.encode(CANARIES), strict=True))
-    if float(fresh[CANARIES[-1]] @ fresh[CANARIES[-2]]) > 1 - 1e-6:
+    fresh = {text: vector for batch in encoder.batches(CANARIES) for text, vector in _encoded(encoder, batch).items()}
+    if float(fresh[CANARIES[-1]] @ fresh[CANARIES[-2]]) > MIN_CANARY_COSINE:
         raise RemoteError(f"embedder: {encoder.identity} gives one vector for texts that differ at the end only")
     stored = store.put(_canaries_of(encoder.identity), fresh)
     same_size = all(len(stored[text]) == len(fresh[text]) for text in CANARIES)
