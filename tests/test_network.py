@@ -284,6 +284,7 @@ def test_second_address_is_tried_when_the_first_does_not_answer(server, monkeypa
         "http://[::1]/",
         "https://evil.example/",
         "https://en.wikipedia.org.evil.example/",
+        "https://evil-wikipedia.org/",
         "http://en.wikipedia.org/w/api.php",
         "ftp://127.0.0.1/",
         "//localhost/",

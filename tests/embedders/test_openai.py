@@ -31,7 +31,7 @@ from attention_guided_rl.network import Network
 
 ADA = "text-embedding-ada-002"
 TEXTS = ["the red mill", "a boat on the river", "seven silver seals"]
-TIMEOUT_S = 0.15
+TIMEOUT_S = 0.3
 
 
 @pytest.fixture(autouse=True)
@@ -324,7 +324,7 @@ def test_replies_with_one_place_changed_give_vectors_or_a_documented_error(servi
     service.faults, service.probability = ["mutated"], 1.0
     encoder = make(model="text-embedding-3-small", dimensions=8, max_usd=1.0)
     outcomes = {"vectors": 0, "error": 0}
-    for _ in range(120):
+    for _ in range(40):
         try:
             vectors = encoder.encode(TEXTS)
         except RemoteError:
@@ -333,29 +333,29 @@ def test_replies_with_one_place_changed_give_vectors_or_a_documented_error(servi
         assert np.isfinite(vectors).all()
         assert np.linalg.norm(vectors, axis=1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
         outcomes["vectors"] += 1
-    assert len(service.requests) > 200
-    assert outcomes["vectors"] > 50
+    assert len(service.requests) > 60
+    assert outcomes["vectors"] > 15
     assert encoder.ledger.spent_usd <= 1.0
 
 
 # ---- many faults ----
 
 
-def test_three_hundred_batches_with_three_faults_in_ten(service, make):
+def test_a_hundred_and_fifty_batches_with_three_faults_in_ten(service, make):
     """0 lost, 0 misassigned, no more than 1.6 calls a batch, and a second run that asks for nothing."""
-    make.texts = [f"the {'red mill' if i % 2 else 'old boat'} of number {i}" for i in range(600)]
+    make.texts = [f"the {'red mill' if i % 2 else 'old boat'} of number {i}" for i in range(300)]
     service.faults, service.probability, service.seed = TRANSIENT, 0.3, 1
     options = {"model": "text-embedding-3-small", "dimensions": 64, "batch_texts": 2, "max_usd": 1.0, "timeout_s": 0.12}
     embedder = make.embedder(**options)
     before = len(service.requests)
-    vectors = embed(embedder, list(range(600)))
+    vectors = embed(embedder, list(range(300)))
     calls = len(service.requests) - before
-    assert 300 < calls <= 1.6 * 300
-    assert sum(request.fault is not None for request in service.requests[before:]) > 80
+    assert 150 < calls <= 1.6 * 150
+    assert sum(request.fault is not None for request in service.requests[before:]) > 40
 
     clean = service.vectors("text-embedding-3-small", make.texts, 64)
     similar = vectors @ clean.T
-    assert (similar.argmax(1) == np.arange(600)).all()
+    assert (similar.argmax(1) == np.arange(300)).all()
     assert similar.diagonal().min() > 0.999
     store = VectorStore(make(**options)._network.cache(STORE))
     stored = store.get(embedder.identity, make.texts)
@@ -364,12 +364,12 @@ def test_three_hundred_batches_with_three_faults_in_ten(service, make):
 
     service.probability = 0.0
     before = len(service.requests)
-    again = embed(make.embedder(**options), list(range(600)))
+    again = embed(make.embedder(**options), list(range(300)))
     assert [text for request in service.requests[before:] for text in request.texts] == list(CANARIES)
     assert again.tobytes() == vectors.tobytes()
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_the_cap_holds_whatever_fails_and_raising_it_goes_on(service, make, seed):
     chance = random.Random(seed)
     make.texts = [f"text {i} " + "x" * chance.randrange(100) for i in range(12)]

@@ -34,6 +34,7 @@ class SentenceTransformersEncoder:
     def __init__(self, config: EmbedderConfig, *, offline: bool) -> None:
         assert config.model is not None  # the configuration refuses that
         self._model: Any = _load(config, offline=offline)
+        self._dimensions = config.dimensions
         self._batch = config.batch_texts or DEFAULT_BATCH
         folder = Path(config.model)
         name = folder.resolve().name if folder.is_dir() else f"{config.model}@{config.revision or 'newest'}"
@@ -53,6 +54,8 @@ class SentenceTransformersEncoder:
         vectors = self._model.encode(
             list(texts), prompt="", batch_size=self._batch, normalize_embeddings=True, show_progress_bar=False
         )
+        if self._dimensions not in (None, vectors.shape[1]):
+            raise ConfigError(f"embedder.dimensions: {self._dimensions}, but the model has {vectors.shape[1]}")
         return np.asarray(vectors, np.float32)
 
 
@@ -81,6 +84,8 @@ def _load(config: EmbedderConfig, *, offline: bool) -> Any:
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error):
+            raise UnsafeError(f"embedder.model: {name!r} wants to run code of its own; refused") from error
         raise ConfigError(f"embedder.model: cannot load {name!r} as a sentence-transformers model: {reason}") from error
 
 

@@ -20,6 +20,7 @@ from attention_guided_rl.network import Network
 STORE = "embeddings.sqlite"
 CLAIM_WAIT = 0.02  # seconds between looks at what another process is computing
 MIN_CANARY_COSINE = 0.999
+MAX_TAIL_COSINE = 0.9999  # services answer a little differently each time: about 1e-5 off
 _LONG = "The keeper of the tower counts the boats, writes the number down, and closes the book for the night; " * 4
 CANARIES = (
     "The mill stands by the river.",
@@ -127,7 +128,7 @@ def check_canaries(encoder: TextEncoder, store: VectorStore) -> None:
         RemoteError: the service cuts its input short.
     """
     fresh = {text: vector for batch in encoder.batches(CANARIES) for text, vector in _encoded(encoder, batch).items()}
-    if float(fresh[CANARIES[-1]] @ fresh[CANARIES[-2]]) > MIN_CANARY_COSINE:
+    if float(fresh[CANARIES[-1]] @ fresh[CANARIES[-2]]) > MAX_TAIL_COSINE:
         raise RemoteError(f"embedder: {encoder.identity} gives one vector for texts that differ at the end only")
     stored = store.put(_canaries_of(encoder.identity), fresh)
     same_size = all(len(stored[text]) == len(fresh[text]) for text in CANARIES)
