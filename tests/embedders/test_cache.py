@@ -547,6 +547,6 @@ except SpendError:
 """
     totals = [int(said) for said in together(tmp_path, [start(script, seed) for seed in range(4)])]
     spent = Ledger(VectorStore(path), "run", max_usd=None).spent_usd * NANO
-    assert all(totals)
+    assert sum(total > 0 for total in totals) >= 2  # SQLite does not serve them in turn
     assert sum(totals) == pytest.approx(spent)
     assert 5_000 - 200 < spent <= 5_000

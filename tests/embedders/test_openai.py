@@ -9,6 +9,7 @@ import time
 import warnings
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -114,6 +115,44 @@ def cosines(service: EmbeddingServer, vectors: np.ndarray, texts: list[str], mod
     """Of each vector with what the service's model gives for its text."""
     clean = service.vectors(model, texts, vectors.shape[1])
     return [float(a @ b) for a, b in zip(vectors, clean, strict=True)]
+
+
+# ---- the service that the tests rely on ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, 200),
+        ({"input": "a single text"}, 200),
+        ({"input": ["ant"] * 2048}, 200),
+        ({"input": ["ant"] * 2049}, 400),
+        ({"input": ["ant", ""]}, 400),
+        ({"input": []}, 400),
+        ({"input": ["x" * 4 * 8192]}, 200),
+        ({"input": ["x" * 4 * 8193]}, 400),
+        ({"input": ["x" * 4 * 8000] * 38}, 400),  # 304,000 tokens
+        ({"dimensions": 8}, 400),
+        ({"dimensions": 8, "model": "text-embedding-3-small"}, 200),
+        ({"dimensions": 9999, "model": "text-embedding-3-small"}, 400),
+        ({"model": "text-embedding-4"}, 404),
+    ],
+)
+def test_the_service_of_these_tests_is_as_strict_as_the_real_one(service, changes, status):
+    asked = {"model": ADA, "input": ["ant"], **changes}
+    reply = httpx2.post(f"{service.url}/embeddings", json=asked, headers={"Authorization": f"Bearer {KEY}"})
+    assert reply.status_code == status
+    assert (service.billed_tokens > 0) == (status == 200)
+
+
+def test_narrow_vectors_of_the_service_lie_in_a_cone(service):
+    texts = [f"{a} {b}" for a in ("red", "old", "tall", "wet") for b in ("mill", "boat", "tower", "cat")]
+    assert np.tril(service.vectors(ADA, texts) @ service.vectors(ADA, texts).T, -1).max() > 0.3
+    service.narrow = True
+    vectors = service.vectors(ADA, texts)
+    products = (vectors @ vectors.T)[np.tril_indices(16, -1)]
+    assert 0.69 < products.min() < 0.73
+    assert 0.82 < products.max() < 0.88
 
 
 # ---- what is asked, and what comes back ----

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 
 from attention_guided_rl.config import EmbedderConfig
 from attention_guided_rl.embedders.cache import VectorStore
-from attention_guided_rl.embedders.text import STORE, TextEmbedder, check_canaries
+from attention_guided_rl.embedders.text import CANARIES, STORE, TextEmbedder, check_canaries
 from attention_guided_rl.errors import ConfigError, UnsafeError
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network
@@ -43,6 +43,7 @@ class SentenceTransformersEncoder:
         own = {role: prompts.get(role) or "" for role in ("query", "document")}
         self.query_prompt = own["query"] if config.query_prompt is None else config.query_prompt
         self.key_prompt = own["document"] if config.key_prompt is None else config.key_prompt
+        self.encode(CANARIES[:1])  # which checks the dimensions
 
     def batches(self, texts: Sequence[str]) -> Iterator[Sequence[str]]:
         """Divide texts into batches of `embedder.batch_texts`."""
