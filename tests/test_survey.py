@@ -165,6 +165,15 @@ def test_articles_of_both_corpora_are_found_by_id_and_by_text(small, tmp_path):
     assert same.overlap.articles == same.overlap.same_id == 3
 
 
+def test_an_article_with_the_same_id_is_found_whatever_its_text(small, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"title": "a", "id": "page:7", "text": words(42, 19)}), encoding="utf-8")
+    config = small(held_out(other))
+    with config.corpus.path.open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps({"title": "b", "id": "page:7", "text": words(42, 23)}))
+    assert survey(config).overlap == Overlap(articles=1, same_id=1, titles=("b",), compared=1)
+
+
 def test_only_the_first_titles_of_an_overlap_are_named(small, tmp_path):
     texts = {f"article {i}": words(40, step) for i, step in enumerate((5, 7, 11, 13, 17))}
     overlap = survey(small(held_out(tmp_path / "small.jsonl", shuffle=True), texts)).overlap
@@ -216,6 +225,27 @@ def test_progress_is_announced(small):
 
 
 # -- time and memory ---------------------------------------------------------------------------------------------------
+
+
+class Repeating:
+    """A corpus of nothing, an article, nothing, the same article again, and one of another split."""
+
+    def __init__(self, config, network):
+        self._texts = {"Anarchism": words(35, 5), "Achilles": words(35, 5), "Ada": words(42, 7)}
+
+    def articles(self, epoch, start):
+        for title, text in self._texts.items():
+            yield None
+            yield Article(id=title, title=title, text=text, source="", revision="", url="", licence="")
+
+
+def test_empty_places_and_near_duplicates_are_counted(make_config):
+    kind = {"corpus.kind": f"{Path(__file__).stem}:Repeating", "corpus.path": None, "corpus.split": "train"}
+    found = survey(make_config(kind))
+    assert (found.places.read, found.places.empty, found.places.near_duplicates) == (6, 3, 1)
+    assert found.places.by_split == {"train": 1, "dev": 0, "test": 1}
+    assert found.places.articles == 1
+    assert dict(facts(found))["left out"] == "3 empty, 1 near-duplicates, 1 of other splits"
 
 
 class LongArticles:

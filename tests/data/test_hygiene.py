@@ -131,6 +131,13 @@ def test_the_order_of_words_counts():
     assert (signature(" ".join(text)) == signature(" ".join(reversed(text)))).sum() <= 1
 
 
+@pytest.mark.parametrize("place", range(5))
+def test_every_word_of_a_sequence_counts(place):
+    one = ["the", "sea", "rises", "twice", "daily"]
+    other = [*one[:place], "changed", *one[place + 1 :]]
+    assert (signature(" ".join(one)) == signature(" ".join(other))).sum() <= 1
+
+
 def test_a_long_text_is_hashed_in_pieces_to_the_same_signature():
     text = words(9000, 4)  # of several chunks
     halves = [" ".join(text.split()[:4504]), " ".join(text.split()[4500:])]  # share the four words at the seam
@@ -208,6 +215,12 @@ def test_the_window_is_a_thousand_places():
     assert read(1)[-1] is None
     assert read(1000)[-1] is None
     assert read(1001)[-1] is not None
+
+
+def test_reading_from_a_place_on_knows_the_thousand_before_it():
+    gap: list[Article | None] = [None] * 999
+    corpus = CleanCorpus(Listed([None, article(LONG), *gap, article(LONG), article(LONG)]), config())
+    assert list(corpus.articles(0, 1001)) == [None, None]
 
 
 def test_the_window_is_a_thousand_places_of_articles_too():

@@ -366,7 +366,7 @@ def test_the_cache_is_for_its_user_only(tmp_path):
     folder = tmp_path / "new" / "cache"
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert modes == {name: 0o600 for name in (STORE, f"{STORE}-wal", f"{STORE}-shm", "embeddings.lock")}
+    assert modes == dict.fromkeys((STORE, f"{STORE}-wal", f"{STORE}-shm", "embeddings.lock"), 384)
 
 
 def write_text(path: Path) -> None:
