@@ -126,10 +126,10 @@ class Speed:
     tokenising_s: float
     bytes_read: int | None
     """`dump`: bytes of XML after decompression."""
-    bare_bytes_per_s: float | None
-    """`dump` after a whole pass: bytes of XML a second if the file is decompressed and parsed and nothing else."""
     peak_memory: int | None
     """Most bytes that the process has held so far."""
+    bare_bytes_per_s: float | None = None
+    """`dump` after a whole pass: bytes of XML a second if the file is decompressed and parsed and nothing else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,10 +200,10 @@ def survey(
         announce=announce,
     )
     if held_out is None:
-        return read(config.corpus, num_sample=num_sample)
+        return _with_bare_speed(read(config.corpus, num_sample=num_sample), config.corpus)
     compared = _Compared(min(num_places or MAX_COMPARED, MAX_COMPARED))
     other = read(held_out, each=compared.keep)
-    own = read(config.corpus, num_sample=num_sample, each=compared.look_for)
+    own = _with_bare_speed(read(config.corpus, num_sample=num_sample, each=compared.look_for), config.corpus)
     return replace(own, held_out=other, overlap=compared.overlap())
 
 
@@ -243,7 +243,12 @@ def survey_corpus(
         need=need,
         places=tally.places(whole_pass, getattr(corpus.opened, "num_near_duplicates", 0)),
         pairs=tally.pairs(need.num_pairs, need.num_pairs + need.num_probes),
-        speed=_speed(corpus, encode.seconds, whole_pass),
+        speed=Speed(
+            reading_s=corpus.seconds,
+            tokenising_s=encode.seconds,
+            bytes_read=getattr(corpus.opened, "bytes_read", None),
+            peak_memory=_peak_memory(),
+        ),
         sample=sample,
     )
 
@@ -267,7 +272,7 @@ def describe(corpus: CorpusConfig) -> str:
     """Name a corpus in a few words."""
     seed = f", seed {corpus.seed}" if corpus.kind == "encyclopedia" else ""
     split = "" if corpus.split == "all" else f", split {corpus.split}"
-    return f"{corpus.label}{seed}{split}"
+    return f"{corpus.label.strip()}{seed}{split}"
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -434,17 +439,12 @@ def _need(config: Config, tokenizer: Any, network: Network) -> Need:
     )
 
 
-def _speed(corpus: _TimedCorpus, tokenising_s: float, whole_pass: bool) -> Speed:
-    config, bare = corpus.config, None
-    if config.kind == "dump" and config.path is not None and config.title is None and whole_pass:
-        bare = bare_parse(config.path)  # after a part of it, this would take as long as all the rest
-    return Speed(
-        reading_s=corpus.seconds,
-        tokenising_s=tokenising_s,
-        bytes_read=getattr(corpus.opened, "bytes_read", None),
-        bare_bytes_per_s=bare[0] / bare[1] if bare else None,
-        peak_memory=_peak_memory(),
-    )
+def _with_bare_speed(found: Survey, corpus: CorpusConfig) -> Survey:
+    """Add how fast a dump could be read at best; after a part of it, that would take as long as all the rest."""
+    if corpus.kind != "dump" or corpus.path is None or corpus.title is not None or not found.places.whole_pass:
+        return found
+    num_bytes, seconds = bare_parse(corpus.path)
+    return replace(found, speed=replace(found.speed, bare_bytes_per_s=num_bytes / seconds))
 
 
 def _peak_memory() -> int | None:

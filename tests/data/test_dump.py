@@ -396,6 +396,7 @@ def test_unusable_dump_is_refused_in_one_line_that_names_it(tmp_path, monkeypatc
         ("A[[File:a.jpg|thumb|A [[mill]] [http://b c]]] b[[image:c.png]][[Category:D]]", "A b"),
         ("A[[Bestand:a.jpg|duim|Een [[molen]]]][[fr:Moulin]][[zh-yue:Moulin]].", "A."),
         ("See [https://example.org/a the page], [https://example.org] or https://example.org/b.", "See the page, or"),
+        ("A [[File:a.jpg|b]][[fr:c|d]]mill[[e|f: g]] [[a|b|c]].", "A millf: g c."),
         # templates and tables
         ("A{{cite|b={{c|d}}|e=[[f|g]]}} mill{{h}}.", "A mill."),
         ("{{Infobox\n| a = {| class=x\n| b\n|}\n}}A mill.", "A mill."),
@@ -406,6 +407,7 @@ def test_unusable_dump_is_refused_in_one_line_that_names_it(tmp_path, monkeypatc
         ("{{nowrap|a [[mill|b]]}}{{ndash}}c, {{chem|H|2|O}}", "a b–c, H2O"),
         # references, formulas, comments
         ("A<ref>b {{c}}</ref> mill<ref name=d /><ref name='e'>f</ref>.", "A mill."),
+        ("A<ref name=a /> mill</ref><REF NAME='b/c'>d</REF>.", "A mill."),
         ("A<!-- b {{c --> mill<math>x^{2_{y}}</math><gallery>\nFile:d.jpg|e\n</gallery>.", "A mill."),
         # punctuation around what is gone
         ("Mill ({{a}}; {{b}}, from ''molen'') , ({{c}}) ({{d}}, ) .", "Mill (from molen),."),

@@ -1,7 +1,9 @@
 """A dump with an index: reading from any place, in file order or shuffled, by title, and how it refuses bad indices."""
 
 import bz2
+import contextlib
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from attention_guided_rl.config import CorpusConfig
 from attention_guided_rl.data import multistream
-from attention_guided_rl.data.dump import DumpCorpus
+from attention_guided_rl.data.dump import DumpCorpus, bare_parse
 from attention_guided_rl.data.multistream import Multistream
 from attention_guided_rl.errors import CorpusError
 
@@ -160,6 +162,11 @@ def test_title_with_signs_is_found(wiki, title):
         assert Multistream(wiki.dump, wiki.index, None).find(title) == 50
 
 
+def test_title_in_lower_case_is_found(wiki):
+    wiki.rewrite("40:1:a", "50:1:molen", "60:1:MOLEN")
+    assert Multistream(wiki.dump, wiki.index, None).find("Molen") == 50
+
+
 @pytest.mark.parametrize(
     ("title", "message"),
     [
@@ -308,28 +315,43 @@ def test_index_is_the_same_however_it_is_cut_into_blocks(wiki, monkeypatch):
         assert wiki.titles(title="T3") == ["T3"]
 
 
+@contextlib.contextmanager
+def peak_memory_below(limit: int) -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
 def test_index_takes_memory_for_streams_not_for_pages(wiki):
     with wiki.dump.open("ab") as file:
         file.truncate(10**9)
     wiki.rewrite(*(f"{1000 + i // 100 * 1000}:{i}:A title of the length that is usual {i}" for i in range(200_000)))
-    tracemalloc.start()
-    skip, streams = Multistream(wiki.dump, wiki.index, 1).streams_from(123_456)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    with peak_memory_below(5_000_000):  # bytes; the index has 10 million
+        skip, streams = Multistream(wiki.dump, wiki.index, 1).streams_from(123_456)
 
     assert skip == 56
     assert len(list(streams)) == 2000 - 1234
-    assert peak < 5_000_000  # bytes; the index has 10 million
+
+
+def test_endless_line_of_an_index_takes_no_memory(wiki):
+    wiki.rewrite("7" * 20_000_000)
+    with peak_memory_below(5_000_000), pytest.raises(CorpusError, match=r"nlwiki-index\.txt:1: '7{50}' is no"):
+        wiki.titles()
 
 
 def test_reading_takes_memory_for_a_page_not_for_the_dump(tmp_path):
     path = tmp_path / "nlwiki.xml"
     large = page("R", "#REDIRECT [[T0]] " + "mill " * 60_000)
     path.write_text(HEAD + page("T0", "Nul.") + large * 60 + "</mediawiki>")
-    tracemalloc.start()
-    places = sum(1 for _ in DumpCorpus(CorpusConfig(kind="dump", path=path)).articles(0, 0))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    with peak_memory_below(6_000_000):  # bytes; the dump has 18 million
+        assert sum(1 for _ in DumpCorpus(CorpusConfig(kind="dump", path=path)).articles(0, 0)) == 61
 
-    assert places == 61
-    assert peak < 6_000_000  # bytes; the dump has 18 million
+
+def test_bare_parse_takes_no_memory_for_pages(tmp_path):
+    path = tmp_path / "nlwiki.xml"
+    path.write_text(HEAD + "<page/>\n" * 20_000 + "</mediawiki>")
+    with peak_memory_below(500_000):  # bytes; an element takes about a hundred
+        bare_parse(path)

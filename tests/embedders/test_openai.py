@@ -125,7 +125,7 @@ def cosines(service: EmbeddingServer, vectors: np.ndarray, texts: list[str], mod
     [
         ({}, 200),
         ({"input": "a single text"}, 200),
-        ({"input": ["ant"] * 2048}, 200),
+        ({"input": ["ant"] * 2048, "model": "text-embedding-3-small", "dimensions": 2}, 200),
         ({"input": ["ant"] * 2049}, 400),
         ({"input": ["ant", ""]}, 400),
         ({"input": []}, 400),
@@ -582,6 +582,18 @@ def test_a_key_is_not_sent_in_the_clear(service, make, monkeypatch):
     (request,) = service.requests
     assert request.headers["Host"] == "embeddings.example"
     assert KEY not in str(request)
+
+
+def test_nothing_else_that_the_client_library_finds_in_the_environment_is_sent_in_the_clear(service, make, monkeypatch):
+    monkeypatch.setenv("http_proxy", service.url.removesuffix("/v1"))
+    for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
+        monkeypatch.setenv(name, f"{name.lower()}-hunter2")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer hunter2\nX-Password: hunter2")
+    service.key = None
+    with pytest.warns(UserWarning, match="not sent"):
+        encoder = make(base_url="http://embeddings.example/v1")
+    encoder.encode(TEXTS)
+    assert "hunter2" not in str(service.requests)
 
 
 @pytest.mark.parametrize("mistake", ["\n", " ", "\r\n", "é", "\N{ZERO WIDTH SPACE}"])

@@ -221,7 +221,7 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _plain(paragraph: str) -> str:
-    text = " ".join(paragraph.lstrip("*#:; ").split())
+    text = " ".join(paragraph.split()).lstrip("*#:; ")
     if _MARKED.search(text):
         parts = textwrap.wrap(text, MAX_PARSED) if len(text) > MAX_PARSED else [text]
         text = " ".join(" ".join(str(mwparserfromhell.parse(part).strip_code()) for part in parts).split())
