@@ -31,6 +31,7 @@ MODELS = {  # at OpenAI: dimensions, dollars per million tokens
     "text-embedding-3-small": (1536, 0.02),
     "text-embedding-3-large": (3072, 0.13),
 }
+_PLAIN_HEADERS = {"host", "content-type", "content-length", "accept", "accept-encoding", "connection", "user-agent"}
 MAX_TEXTS = 2048  # of a request
 MAX_TEXT_TOKENS = 8192
 MAX_REQUEST_TOKENS = 300_000
@@ -90,6 +91,8 @@ class OpenAIEncoder:
         self._dimensions = config.dimensions or known  # None until the first reply
         self.ledger = Ledger(self.store, network.account, config.max_usd)
         http_client = network.client(str(url), trusted=True, redirects_to=())
+        if _is_in_the_clear(url):
+            http_client.event_hooks = {"request": [_without_secrets]}
         weakref.finalize(self, http_client.close)
         self._client = openai.OpenAI(
             api_key=_key(url),
@@ -210,13 +213,23 @@ def _key(url: httpx2.URL) -> str:
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):
         raise CredentialsError("OPENAI_API_KEY holds characters that no key has; copy it again")
-    if url.scheme != "https" and not is_loopback(url.host):
+    if _is_in_the_clear(url):
         if key:
             warnings.warn(f"OPENAI_API_KEY is not sent to {url.host}, whose address is not https", stacklevel=2)
         return "none"
     if not key and _is_openai(url):
         raise CredentialsError("embedder.kind: openai needs a key: set the environment variable OPENAI_API_KEY")
     return key or "none"
+
+
+def _is_in_the_clear(url: httpx2.URL) -> bool:
+    return url.scheme != "https" and not is_loopback(url.host)
+
+
+def _without_secrets(request: httpx2.Request) -> None:
+    """Drop what the client library may have found in the environment: organisation, project, headers of one's own."""
+    for name in set(request.headers) - _PLAIN_HEADERS:
+        del request.headers[name]
 
 
 def _is_openai(url: httpx2.URL) -> bool:
