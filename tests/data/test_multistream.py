@@ -354,4 +354,5 @@ def test_bare_parse_takes_no_memory_for_pages(tmp_path):
     path = tmp_path / "nlwiki.xml"
     path.write_text(HEAD + "<page/>\n" * 20_000 + "</mediawiki>")
     with peak_memory_below(500_000):  # bytes; an element takes about a hundred
-        bare_parse(path)
+        num_bytes, _ = bare_parse(path)
+    assert num_bytes == path.stat().st_size

@@ -20,14 +20,18 @@ from xml.parsers import expat
 
 from attention_guided_rl.config import CorpusConfig
 from attention_guided_rl.data.multistream import Multistream, normal_title, open_unpacked, unpack
-from attention_guided_rl.data.wikitext import clean_wikitext, is_disambiguation, redirect_target
+from attention_guided_rl.data.wikitext import (
+    MAX_WIKITEXT,
+    NO_PROSE_NAMESPACES,
+    clean_wikitext,
+    is_disambiguation,
+    redirect_target,
+)
 from attention_guided_rl.errors import ConfigError, CorpusError
 from attention_guided_rl.records import Article
 
-MAX_WIKITEXT = 2_000_000  # characters; MediaWiki itself refuses larger pages
 MAX_PAGE = 2**25  # bytes of XML without the end of a page: a decompression bomb, or a dump with full history
 MAX_REDIRECTS = 5  # each costs a pass over the file, or over its index
-NO_PROSE_NAMESPACES = frozenset(("file", "image", "media", "category"))
 
 _HEAD = 2**12  # bytes; most dumps need no more to be known for dumps
 _DAMAGE = (ET.ParseError, expat.ExpatError, EOFError, OSError, ValueError, LookupError)

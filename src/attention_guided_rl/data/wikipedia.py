@@ -26,7 +26,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from attention_guided_rl.config import CorpusConfig
 from attention_guided_rl.data.hygiene import without_near_duplicates
-from attention_guided_rl.data.wikitext import clean_wikitext
+from attention_guided_rl.data.wikitext import MAX_WIKITEXT, NO_PROSE_NAMESPACES, clean_wikitext
 from attention_guided_rl.errors import (
     ConfigError,
     CorpusError,
@@ -44,9 +44,7 @@ MAX_TITLES = 50  # of a request; the API refuses more
 MAX_TITLES_LEN = 4000  # characters of a request's titles, as they are sent; servers refuse long addresses
 MAX_LISTED = 500  # titles of a list in one reply
 MAX_REPLIES = 200  # to one question; a server that goes on longer goes on for ever
-MAX_WIKITEXT = 2_000_000  # characters; MediaWiki itself refuses larger pages
 MAX_TITLE_FILE = 2**24  # bytes
-NO_PROSE_NAMESPACES = frozenset(("file", "image", "media", "category"))
 NUM_HINTS = 5
 
 BASE_QUERY = {"action": "query", "format": "json", "formatversion": "2", "maxlag": "5"}

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import mwparserfromhell
 
+MAX_WIKITEXT = 2_000_000  # characters; MediaWiki itself refuses larger pages
+NO_PROSE_NAMESPACES = frozenset(("file", "image", "media", "category"))
 MAX_PARSED = 4000  # characters given to mwparserfromhell at once: its time can be quadratic
 MAX_KEPT = 2000  # characters of a link or template kept as text; a nested one is copied once a level
 
