@@ -14,7 +14,7 @@ import warnings
 import torch
 from naive import naive_update
 
-from attention_guided_rl.config import load_config
+from attention_guided_rl.config_files import load_config
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import UpdateBatch

@@ -23,7 +23,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from attention_guided_rl.config import Config, ModelConfig, load_config
+from attention_guided_rl.config import Config, ModelConfig
+from attention_guided_rl.config_files import load_config
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.loading import prepare
 from attention_guided_rl.model import LanguageModel

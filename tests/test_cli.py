@@ -21,7 +21,8 @@ import torch
 import yaml
 
 from attention_guided_rl.cli import main, parse_overrides
-from attention_guided_rl.config import Config, load_config
+from attention_guided_rl.config import Config
+from attention_guided_rl.config_files import load_config
 from attention_guided_rl.errors import ConfigError
 from attention_guided_rl.loading import BUNDLED_MODEL
 

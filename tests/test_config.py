@@ -7,17 +7,14 @@ import pytest
 import yaml
 
 from attention_guided_rl.config import (
-    PRESETS,
     Config,
     CorpusConfig,
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
     RolloutConfig,
-    config_to_yaml,
-    dotted_fields,
-    load_config,
 )
+from attention_guided_rl.config_files import PRESETS, config_to_yaml, dotted_fields, load_config
 from attention_guided_rl.errors import ConfigError
 
 

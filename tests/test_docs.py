@@ -14,14 +14,8 @@ from fake_embeddings import KEY, EmbeddingServer
 from fake_mediawiki import FakeMediaWiki, Page, invented_article
 
 from attention_guided_rl.cli import main
-from attention_guided_rl.config import (
-    CorpusConfig,
-    EmbedderConfig,
-    ModelConfig,
-    NetworkConfig,
-    dotted_fields,
-    load_config,
-)
+from attention_guided_rl.config import CorpusConfig, EmbedderConfig, ModelConfig, NetworkConfig
+from attention_guided_rl.config_files import dotted_fields, load_config
 from attention_guided_rl.data import open_corpus
 from attention_guided_rl.errors import CheckpointError, ConfigError, CorpusError
 from attention_guided_rl.loading import load_tokenizer

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
-from attention_guided_rl.config import Config, load_config
+from attention_guided_rl.config import Config
+from attention_guided_rl.config_files import load_config
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.evaluation import evaluation_records, run_arms, summarise, with_key_text
 from attention_guided_rl.model import LanguageModel

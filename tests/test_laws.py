@@ -36,9 +36,8 @@ from attention_guided_rl.config import (
     PairsConfig,
     SelectionConfig,
     TemplateConfig,
-    config_to_yaml,
-    load_config,
 )
+from attention_guided_rl.config_files import config_to_yaml, load_config
 from attention_guided_rl.data import CORPORA
 from attention_guided_rl.data.pairs import cut_article
 from attention_guided_rl.embedders.attention import AttentionEmbedder

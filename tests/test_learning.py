@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from attention_guided_rl import runs
-from attention_guided_rl.config import load_config
+from attention_guided_rl.config_files import load_config
 from attention_guided_rl.evaluation import evaluation_records, run_arms, summarise
 
 SMALL = {

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from attention_guided_rl import runs
 from attention_guided_rl.cli import main
-from attention_guided_rl.config import load_config
+from attention_guided_rl.config_files import load_config
 
 UPDATES = 4
 SMALL = (

@@ -4,14 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attention_guided_rl.config import load_config
+    from attention_guided_rl.config_files import load_config
     from attention_guided_rl.ordering import score_order
     from attention_guided_rl.runs import evaluate, rollout, train
 
 __all__ = ["evaluate", "load_config", "rollout", "score_order", "train"]
 
 _HOMES = {
-    "load_config": "config",
+    "load_config": "config_files",
     "train": "runs",
     "evaluate": "runs",
     "rollout": "runs",

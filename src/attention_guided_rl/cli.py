@@ -111,7 +111,7 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
 
 def _parse_value(dotted: str, value: str) -> Any:
     """Read a value as YAML, but a title, name or path as it is typed (`null` is no path)."""
-    from attention_guided_rl.config import text_type
+    from attention_guided_rl.config_files import text_type
 
     kind = text_type(dotted)
     if kind is str or (kind is Path and value != "null"):
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from attention_guided_rl import runs
-    from attention_guided_rl.config import load_config
+    from attention_guided_rl.config_files import load_config
     from attention_guided_rl.dry_run import dry_run
     from attention_guided_rl.errors import RunInUseError
     from attention_guided_rl.tracking import make_console
@@ -219,7 +219,7 @@ def _evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 def _rollout(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from attention_guided_rl import runs
-    from attention_guided_rl.config import load_config
+    from attention_guided_rl.config_files import load_config
 
     if options.articles < 1:
         raise ConfigError(f"command line: --articles must be at least 1, got {options.articles}")
@@ -233,7 +233,7 @@ def _rollout(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 def _corpus(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from attention_guided_rl import survey
-    from attention_guided_rl.config import load_config
+    from attention_guided_rl.config_files import load_config
 
     for name in ("articles", "sample"):
         if getattr(options, name) < 0:
@@ -245,7 +245,7 @@ def _corpus(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 def _headroom(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from attention_guided_rl import headroom, runs
-    from attention_guided_rl.config import load_config
+    from attention_guided_rl.config_files import load_config
 
     config = load_config(options.preset, options.config, overrides)
     headroom.measure_headroom(runs.open_untrained(config))
@@ -253,7 +253,7 @@ def _headroom(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _config(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from attention_guided_rl.config import config_to_yaml, load_config
+    from attention_guided_rl.config_files import config_to_yaml, load_config
 
     print(config_to_yaml(load_config(options.preset, options.config, overrides)), end="")
     return 0
@@ -263,7 +263,8 @@ def _print_config_help(command: str) -> None:
     """Print the command's own options, then every configuration field with type, default and meaning."""
     import tyro
 
-    from attention_guided_rl.config import Config, load_config
+    from attention_guided_rl.config import Config
+    from attention_guided_rl.config_files import load_config
 
     subparser = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[command]
     print(subparser.format_help())

@@ -1,21 +1,16 @@
-"""Configuration: frozen dataclasses, and how they are made from presets, YAML files and the command line.
+"""Configuration: every setting, as a field of a frozen dataclass, documented where it is declared.
 
-Later sources win: dataclass defaults < preset < each `--config FILE` < `--section.field VALUE`. Unknown keys are
-refused with file, key and nearest name; contradictions are refused before any model loads.
+Nonsense is refused when a section is made, contradictions between sections when the whole is; both before any model
+loads. How a configuration comes from presets, files and the command line is in `config_files.py`.
 """
 
-import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
-
-from attention_guided_rl.errors import ConfigError
+from pydantic import BeforeValidator
 
 
 def _require(condition: bool, message: str) -> None:
@@ -514,168 +509,3 @@ class Config:
             f"{key}.subjects × {key}.pairs_per_subject gives {corpus.num_pairs} pairs an article; "
             f"pairs.num_pairs and the probes need {needed}",
         )
-
-
-PRESETS = Path(__file__).parent / "configs"
-if not PRESETS.is_dir():  # a checkout: the wheel carries a copy of configs/ inside the package
-    PRESETS = Path(__file__).parents[2] / "configs"
-
-
-def load_config(
-    preset: str | None = None, files: Sequence[Path] = (), overrides: Mapping[str, Any] | None = None
-) -> Config:
-    """Build the configuration from a preset, YAML files (later win) and dotted overrides (win over files).
-
-    With neither preset nor file, the preset is `demo`. Raises ConfigError naming source, key and fix.
-    """
-    layers: list[tuple[str, dict[str, Any]]] = []
-    if preset is None and not files:
-        preset = "demo"
-    if preset is not None:
-        layers.append((f"preset {preset}", _read_yaml(_preset_path(preset))))
-    layers += [(str(path), _read_yaml(Path(path))) for path in files]
-    layers.append(("command line", _nest(overrides or {})))
-
-    merged: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for source, layer in layers:
-        _check_keys(layer, Config, source)
-        _merge(merged, layer, source, origin)
-    try:
-        return TypeAdapter(Config).validate_python(merged)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_describe(e, origin) for e in error.errors())) from None
-
-
-def config_to_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration as plain YAML/JSON values."""
-    return {k: _plain(v) for k, v in asdict(config).items()}
-
-
-def config_to_yaml(config: Config) -> str:
-    """Return the resolved configuration as YAML that `load_config` reads back to an equal Config."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-def text_type(dotted: str) -> type | None:
-    """Return str or Path if a field takes that, so that what is typed is not read as YAML; otherwise None."""
-    cls: type = Config
-    *sections, leaf = dotted.split(".")
-    for section in sections:
-        cls = _field_types(cls).get(section) or object
-        if cls is object:
-            return None
-    hint = get_type_hints(cls).get(leaf)
-    options = () if get_origin(hint) is tuple else (hint, *get_args(hint))
-    return next((t for t in options if t in (str, Path)), None)
-
-
-def dotted_fields(cls: type = Config, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted name of every field that holds a value."""
-    for name, nested in _field_types(cls).items():
-        if nested is None:
-            yield prefix + name
-        else:
-            yield from dotted_fields(nested, f"{prefix}{name}.")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _preset_path(name: str) -> Path:
-    path = PRESETS / f"{name}.yaml"
-    known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
-    if name not in known:
-        raise ConfigError(f"unknown preset {name!r}; the presets are {', '.join(known)}")
-    return path
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration file: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: broken YAML: {getattr(error, 'problem', None) or 'cannot parse'}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: broken YAML: nested too deeply") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected sections like 'training:', got {type(data).__name__}")
-    return data
-
-
-def _nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn {"a.b": 1} into {"a": {"b": 1}}."""
-    nested: dict[str, Any] = {}
-    for dotted, value in overrides.items():
-        *sections, leaf = dotted.split(".")
-        target = nested
-        for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"command line: --{dotted}: {section!r} is given a value as well")
-        target[leaf] = value
-    return nested
-
-
-def _field_types(cls: type) -> dict[str, type | None]:
-    """Map each field to its dataclass type, or None for a value; `X | None` sections count as X."""
-    hints = get_type_hints(cls)
-    nested = {}
-    for f in fields(cls):
-        options = get_args(hints[f.name]) or (hints[f.name],)
-        nested[f.name] = next((t for t in options if is_dataclass(t) and isinstance(t, type)), None)
-    return nested
-
-
-def _check_keys(data: Mapping[str, Any], cls: type, source: str, prefix: str = "") -> None:
-    types = _field_types(cls)
-    for key, value in data.items():
-        if key not in types:
-            valid = [prefix + name for name in types]
-            everything = list(dotted_fields())
-            near = difflib.get_close_matches(f"{prefix}{key}", valid, n=1, cutoff=0.5)
-            near = near or difflib.get_close_matches(f"{prefix}{key}", everything, n=1, cutoff=0.0)
-            raise ConfigError(f"{source}: unknown key '{prefix}{key}'; nearest is '{near[0]}'")
-        nested = types[key]
-        if nested is not None and value is not None:
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{source}: '{prefix}{key}' is a section, give its fields (got {value!r})")
-            _check_keys(value, nested, source, f"{prefix}{key}.")
-
-
-def _merge(
-    into: dict[str, Any], layer: Mapping[str, Any], source: str, origin: dict[str, str], prefix: str = ""
-) -> None:
-    for key, value in layer.items():
-        if isinstance(value, Mapping):
-            if not isinstance(into.get(key), dict):
-                into[key] = {}
-            _merge(into[key], value, source, origin, f"{prefix}{key}.")
-        else:
-            into[key] = value
-        origin[prefix + key] = source
-
-
-def _describe(error: Any, origin: Mapping[str, str]) -> str:
-    """Render one pydantic error as `source: key: message`."""
-    location = [str(part) for part in error["loc"]]
-    while location and ".".join(location) not in origin:  # drop the name of a union's branch
-        location.pop()
-    key = ".".join(location)
-    message = error["msg"].removeprefix("Value error, ")
-    source = origin.get(key, "configuration")
-    if error["type"] == "value_error":  # our own messages name the field
-        return f"{source}: {message}" if key else message
-    return f"{source}: {key}: {message} (got {error['input']!r})"

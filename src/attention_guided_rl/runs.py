@@ -20,7 +20,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from attention_guided_rl.checkpoint import latest_checkpoint, load_weights, verify
-from attention_guided_rl.config import Config, config_to_dict, config_to_yaml, load_config
+from attention_guided_rl.config import Config
+from attention_guided_rl.config_files import config_to_dict, config_to_yaml, load_config
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.errors import CheckpointError, ConfigError, RunInUseError, StorageError, UnsafeError
 from attention_guided_rl.evaluation import PICKERS, EvaluationBatch, evaluation_records, run_arms, summarise
