@@ -117,7 +117,7 @@ WRONG_TYPES = {
     "rollout.steps": "all",
     "selection.heads": "max",
     "reward.scorer": "critic",
-    "objective.kl.estimator": "k1",
+    "objective.kl.estimator": "k4",
     "objective.returns": "togo",
     "objective.advantage_baseline": "critic",
     "objective.filter.kind": "zscore",

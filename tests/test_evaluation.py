@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
+from attention_guided_rl.branching import branch_logprobs
 from attention_guided_rl.config import Config
 from attention_guided_rl.config_files import load_config
 from attention_guided_rl.distributed import Processes
@@ -329,8 +330,11 @@ def test_branches_off_a_cache_score_as_full_forwards_do(make_model, shape):
     cache = model.new_cache()
     with torch.no_grad():
         model.extend(cache, ids, role)
-        got = model.branch_logprobs(
-            cache, role, Continuations(ids=branches, mask=mask, prefix_len=torch.as_tensor(prefix_len), num_scored=3)
+        got = branch_logprobs(
+            model,
+            cache,
+            role,
+            Continuations(ids=branches, mask=mask, prefix_len=torch.as_tensor(prefix_len), num_scored=3),
         )
         for b in range(2):
             for c in range(3):
@@ -355,7 +359,7 @@ def test_branching_leaves_the_cache_as_it_was(make_model):
         continuations = Continuations(
             ids=branches, mask=torch.ones_like(branches, dtype=torch.bool), prefix_len=tensor([4, 4]), num_scored=2
         )
-        model.branch_logprobs(touched, role, continuations)
+        branch_logprobs(model, touched, role, continuations)
         assert torch.equal(model.extend(touched, more, longer), model.extend(untouched, more, longer))
 
 
@@ -389,7 +393,7 @@ def forced_rewards(session: Session, pool: PairPool, prior: Tensor, orders: list
     numbers = session.uniforms(Purpose.EVALUATION, 0, range(len(orders)), 1)
     with session.model.reference():
         rows = session.rollout(pool, numbers, lambda env, logprobs, uniform: complete[:, next(step)])
-    return session.pay(with_key_text(session, rows, pool), pool, prior, session.reference_scorer).rewards.rewards
+    return session.pay_for_evaluation(with_key_text(session, rows, pool), pool, prior=prior).rewards.rewards
 
 
 # -- records -----------------------------------------------------------------------------------------------------------

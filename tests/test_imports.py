@@ -38,13 +38,13 @@ LAYERS = [
         "data.hygiene",
         "data.encyclopedia",
     ],
-    ["data.hub_dataset", "data.multistream"],
-    ["data.files", "data.dump", "data.hub", "data.wikipedia", "data.pairs", "embedders.cache", "objective", "scorer"],
-    ["data", "embedders.text", "embedders.attention", "embedders.hashing", "rollouts"],
+    ["data.hub_dataset", "data.multistream", "branching", "ema"],
+    ["data.files", "data.dump", "data.hub", "data.wikipedia", "data.pairs", "embedders.cache", "objective"],
+    ["data", "scorer", "embedders.text", "embedders.attention", "embedders.hashing", "rollouts"],
     ["embedders.openai", "embedders.sentence_transformers", "sizes"],
     ["embedders"],
     ["session", "checkpoint"],
-    ["update"],
+    ["update", "oracle"],
     ["trainer", "evaluation", "report.terminal"],
     ["ordering", "headroom", "runs", "dry_run", "survey"],
     ["cli"],
@@ -53,7 +53,7 @@ LAYERS = [
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 
 ONLY_IN = {
-    "transformers": {"model", "loading", "rollouts", "scorer"},
+    "transformers": {"model", "loading", "rollouts", "scorer", "branching", "oracle"},
     "peft": {"model", "loading"},
     "huggingface_hub": {"loading", "data.hub_dataset"},
     "accelerate": {"distributed"},
@@ -123,7 +123,7 @@ def test_a_library_is_met_in_one_place(library):
 
 
 def test_outside_the_model_transformers_lends_nothing_but_the_type_of_the_cache():
-    for module in ("rollouts", "scorer"):
+    for module in ("rollouts", "scorer", "branching", "oracle"):
         names = {name for imported, name in imports(MODULES[module]) if imported.startswith("transformers")}
         assert names <= {"DynamicCache"}
 

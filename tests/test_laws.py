@@ -185,7 +185,9 @@ def test_law_01_cached_equals_uncached(make_session, shaken, shape):
             [model.extend(cache, rows.ids[:, a:b], rows.role[:, :b]) for a, b in itertools.pairwise(cuts)], 1
         )
         for positions in (rows.layout.query_positions, rows.layout.value_positions):
-            cached = model.logprobs_of(states[:, positions - 1], rows.ids[:, positions], rows.role[:, positions])
+            cached = model.logprobs_of(
+                states[:, positions - 1], rows.ids[:, positions], rows.role[:, positions] != PADDING
+            )
             uncached = model.token_logprobs(rows.ids, rows.role, positions)
             torch.testing.assert_close(cached, uncached, atol=1e-5, rtol=0)
 
@@ -260,27 +262,32 @@ def test_law_01_padding_can_be_deleted(make_session, queries):
 # -- 2: a query acts on its own reward and on later ones -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", ["reference", "policy", "ema"])
 @pytest.mark.parametrize("kind", REWARDS)
 def test_law_02_a_query_changes_its_own_reward_and_none_before(make_session, shaken, kind, scorer):
     options = {"reward.kind": kind, "reward.scorer": scorer}
-    session, order_only = make_session(options), make_session(options | {"reward.query_in_context": False})
-    for one in (session, order_only):
+    session = make_session(options)
+    # with a counterfactual there must be queries in the context; then the session stands in for itself
+    order_only = session if kind == "counterfactual" else make_session(options | {"reward.query_in_context": False})
+    for one in {id(s): s for s in (session, order_only)}.values():
         shaken(one.model)
-    pool, rows = read(session)
-    before, without = (one.pay(rows, pool).rewards.rewards for one in (session, order_only))
+    pool, rows = read(session, probes=2)
+    q0 = session.counterfactual_uniforms(Purpose.COUNTERFACTUAL, 0, range(2), 3)
+    before, without = (one.pay(rows, pool, q0).rewards.rewards for one in (session, order_only))
     for t, i in itertools.product(range(3), range(2)):
         ids = rows.ids.clone()
         place = int(rows.layout.query_positions.view(3, 2)[t, i])
         ids[1, place] = 4 + (int(ids[1, place]) - 4 + 5) % 48  # another word
         changed = replace(rows, ids=ids)
-        after = session.pay(changed, pool).rewards.rewards
-        assert abs(float(after[1, t] - before[1, t])) > 1e-3
+        after = session.pay(changed, pool, q0).rewards.rewards
+        assert abs(float(after[1, t] - before[1, t])) > 1e-4
         torch.testing.assert_close(after[1, :t], before[1, :t], atol=1e-6, rtol=0)
         others = [0, 2, 3, 4, 5]
         torch.testing.assert_close(after[others], before[others], atol=1e-6, rtol=0)
-        assert torch.equal(order_only.pay(changed, pool).rewards.rewards, without)
-    assert float((before - without).abs().min()) > 1e-4
+        if order_only is not session:
+            assert torch.equal(order_only.pay(changed, pool, q0).rewards.rewards, without)
+    if order_only is not session:
+        assert float((before - without).abs().median()) > 1e-2
 
 
 def test_law_02_rewards_are_per_mean_value_token_less_the_prior_of_what_was_read(make_session):
@@ -589,7 +596,7 @@ def test_law_04_the_kl_is_zero_at_step_0_and_pulls_back_afterwards(make_session,
 
     advantages, _ = compute_advantages(paid.rewards.rewards, ObjectiveConfig(), AgentState(), 3)
     optimizer = make_optimizer(session, session.config.optimizer)
-    outcome = apply_update(session, optimizer, paid, advantages, paid.rewards.rewards, 0)
+    outcome = apply_update(session, optimizer, paid, pool, advantages, paid.rewards.rewards, 0)
     assert outcome.stepped
     paid = session.pay(rows, pool)  # as the next update would: the reference must not have moved
     moved = kl_only(session, paid)
@@ -972,7 +979,7 @@ def test_law_09_micro_batches_do_not_change_the_update(make_session, shaken, kep
         keep[list(kept)] = True
         before = weights(session.model)
         optimizer = torch.optim.SGD(session.model.named_trainable().values(), lr=1.0)
-        outcome = apply_update(session, optimizer, paid, replace(advantages, keep=keep), paid.rewards.rewards, 9)
+        outcome = apply_update(session, optimizer, paid, pool, replace(advantages, keep=keep), paid.rewards.rewards, 9)
         rate = outcome.metrics["optimizer/learning_rate"]
         moved.append({n: (p.detach() - before[n]) / rate for n, p in session.model.named_trainable().items()})
         metrics.append(outcome.metrics)
@@ -1001,7 +1008,9 @@ def test_law_09_nothing_to_learn_leaves_everything_bit_equal(make_session, case)
     pool, rows = read(session)
     paid = session.pay(rows, pool)
     first, _ = compute_advantages(paid.rewards.rewards, ObjectiveConfig(), AgentState(), 3)
-    assert apply_update(session, optimizer, paid, first, paid.rewards.rewards, 0).stepped  # momentum is not 0 any more
+    assert apply_update(
+        session, optimizer, paid, pool, first, paid.rewards.rewards, 0
+    ).stepped  # momentum is not 0 any more
     before = weights(session.model)
     moments = [{k: v.clone() for k, v in s.items()} for s in optimizer.state.values()]
     advantages, keep = torch.zeros(6, 3), torch.ones(6, dtype=torch.bool)
@@ -1010,8 +1019,8 @@ def test_law_09_nothing_to_learn_leaves_everything_bit_equal(make_session, case)
         keep[1] = False
     if case == "none kept":
         keep[:] = False
-    nothing = Advantages(returns=first.returns, advantages=advantages, keep=keep)
-    outcome = apply_update(session, optimizer, paid, nothing, paid.rewards.rewards, 1)
+    nothing = Advantages(returns=first.returns, advantages=advantages, keep=keep, scale=1.0)
+    outcome = apply_update(session, optimizer, paid, pool, nothing, paid.rewards.rewards, 1)
     assert (outcome.stepped, outcome.finite) == (False, True)
     for name, parameter in session.model.named_trainable().items():
         assert torch.equal(parameter, before[name])

@@ -172,7 +172,7 @@ def fresh_returns(state: AgentState) -> AgentState:
 
 def test_filter_threshold_follows_min_zscore():
     config = FilterConfig(kind="running_zscore", min_zscore=0.5)
-    assert keep_rows(of_one_step(1.5, 1.6), config, after_warm_up()).tolist() == [False, True]  # 1 + 0.5·1
+    assert keep_rows(of_one_step(1.5, 1.6), config, after_warm_up(), 1).tolist() == [False, True]  # 1 + 0.5·1
 
 
 def test_filter_statistics_cover_all_earlier_trajectories_kept_or_not():
@@ -184,7 +184,7 @@ def test_filter_statistics_cover_all_earlier_trajectories_kept_or_not():
 
 
 def test_no_filter_keeps_every_row():
-    assert keep_rows(of_one_step(-5.0, 0.0), FilterConfig(), AgentState()).tolist() == [True, True]
+    assert keep_rows(of_one_step(-5.0, 0.0), FilterConfig(), AgentState(), 1).tolist() == [True, True]
 
 
 def test_running_moments_equal_those_of_the_whole_list():

@@ -4,6 +4,8 @@ A checkpoint is staged in a hidden folder; a manifest with the SHA-256 of every 
 written last; everything is fsynced; a rename is the commit point. Random numbers need no saving: they are counters.
 
     checkpoints/update-000050/{adapter/ | model/, optimizer.safetensors, state.json, manifest.json}
+
+and ema.safetensors where the scorer is a moving average.
 """
 
 import hashlib
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attention_guided_rl.data.pairs import Position
+from attention_guided_rl.ema import EmaWeights
 from attention_guided_rl.errors import CheckpointError, StorageError
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.rl_agent import AgentState, RunningMoments
@@ -61,6 +64,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     log_lengths: Mapping[str, int],
     readme: str,
+    ema: EmaWeights | None = None,
 ) -> Path:
     """Write a checkpoint and return its folder.
 
@@ -76,6 +80,8 @@ def save_checkpoint(
         model.save(str(weights))
         (weights / "README.md").write_text(readme, encoding="utf-8")
         save_file(_moments(model, optimizer), staged / "optimizer.safetensors")
+        if ema is not None:
+            save_file(ema.state(), staged / "ema.safetensors")
         (staged / "state.json").write_text(json.dumps(asdict(state), indent=1, allow_nan=False), encoding="utf-8")
         _write_manifest(staged, log_lengths)
         if final.exists():  # the same update written again, say after a resume
@@ -134,9 +140,13 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_checkpoint(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer | None) -> RunState:
-    """Put weights and optimiser moments back and return the state. The checkpoint has been verified."""
+def load_checkpoint(
+    path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer | None, ema: EmaWeights | None = None
+) -> RunState:
+    """Put weights, their average and optimiser moments back; return the state. The checkpoint has been verified."""
     load_weights(path, model)
+    if ema is not None:
+        ema.load(load_file(path / "ema.safetensors"))
     if optimizer is not None:
         _restore_moments(model, optimizer, load_file(path / "optimizer.safetensors"))
     return _read_state(path)

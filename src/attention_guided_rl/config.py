@@ -246,6 +246,8 @@ class EmbedderConfig:
     """Most that this run may spend on embeddings, whatever happens; raise it to go on. None: no limit."""
     usd_per_million_tokens: float | None = None
     """Price at the service; None: OpenAI's for its known models, and nothing elsewhere."""
+    trained: bool = False
+    """`attention`: use the policy's projections: training changes the selection too, and log σ joins the loss."""
     send_local_text: bool = False
     """Allow text of a corpus on this machine to be sent to a remote service."""
 
@@ -259,6 +261,10 @@ class EmbedderConfig:
                 value is None or (value >= 0 and math.isfinite(value)),
                 f"embedder.{name} must not be negative, got {value}",
             )
+        _require(
+            not self.trained or self.kind == "attention",
+            f"embedder.trained needs embedder.kind: attention; {self.kind} has nothing that training changes",
+        )
         _require(
             self.kind != "sentence_transformers" or self.model is not None,
             "embedder.kind: sentence_transformers needs embedder.model, a name on the hub or a folder",
@@ -292,11 +298,42 @@ class RewardConfig:
     """What a trajectory is paid for."""
 
     kind: str = "value_prior"
-    """`plain` (log-probability of the value), `value_prior` (minus the value alone's), or `package.module:name`."""
-    scorer: Literal["reference", "policy"] = "reference"
-    """Who predicts the values: the frozen reference, or the live policy (detached)."""
+    """`plain` (log-probability of the value), `value_prior` (minus the value alone's), `counterfactual` (minus the
+    value's after a query of the untrained model), `held_out` (log-probability of probes that are never read), or
+    `package.module:name`."""
+    scorer: Literal["reference", "policy", "ema"] = "reference"
+    """Who predicts the values: the frozen reference, the live policy (detached), or a moving average of it."""
+    ema_decay: float = 0.99
+    """Scorer `ema`: share of the average that an update keeps."""
     query_in_context: bool = True
     """Score values with the queries before them; False deletes the queries, so that only the order counts."""
+    num_probes: int = 4
+    """P: pairs of each article set aside in training, if the reward needs probes, as `held_out` does."""
+    pick: Literal["sampled", "expected"] = "sampled"
+    """Pay a step for the pair that was drawn, or for the mean over every unread pair, weighted by the selection."""
+    gradient_weight: float = 0.0
+    """Weight, 0 to 1, of the gradient through log p(value) itself; with the live scorer `policy`."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.ema_decay < 1, f"reward.ema_decay must be in [0, 1), got {self.ema_decay}")
+        _require(0 <= self.gradient_weight <= 1, f"reward.gradient_weight must be 0 to 1, got {self.gradient_weight}")
+        _require(
+            self.gradient_weight == 0 or (self.scorer == "policy" and self.kind in ("plain", "value_prior")),
+            "reward.gradient_weight needs reward.scorer: policy and reward.kind: plain or value_prior",
+        )
+        _require(
+            self.gradient_weight == 0 or (self.pick == "sampled" and self.query_in_context),
+            "reward.gradient_weight needs reward.pick: sampled and reward.query_in_context: true",
+        )
+        _require(
+            self.kind != "counterfactual" or self.query_in_context,
+            "reward.kind: counterfactual compares queries; it needs reward.query_in_context: true",
+        )
+        _require(
+            self.pick == "sampled" or self.kind not in ("counterfactual", "held_out"),
+            f"reward.pick: expected needs a reward of the pick alone, such as value_prior; {self.kind} is not",
+        )
+        _require(self.num_probes >= 1, f"reward.num_probes must be at least 1, got {self.num_probes}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,10 +342,20 @@ class KLConfig:
 
     coefficient: float = 0.02
     """β; nats of KL per query token."""
-    estimator: Literal["full", "k2", "k3"] = "full"
-    """`full`: exact reverse KL over the vocabulary; `k2`, `k3`: from the sampled token."""
+    place: Literal["loss", "reward"] = "loss"
+    """Add β · KL to the loss, or take β · k1 of a step's query from its reward."""
+    estimator: Literal["full", "k1", "k2", "k3"] = "full"
+    """`full`: exact reverse KL over the vocabulary. From the sampled token: `k2`, `k3` (loss) and `k1` (reward)."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.place != "loss" or self.estimator != "k1",
+            "objective.kl.estimator: k1 has a gradient of mean zero in the loss; use full, k2 or k3, or place: reward",
+        )
+        _require(
+            self.place != "reward" or self.estimator == "k1",
+            f"objective.kl.place: reward needs objective.kl.estimator: k1, got {self.estimator}",
+        )
         _require(
             self.coefficient >= 0 and math.isfinite(self.coefficient),
             f"objective.kl.coefficient must not be negative, got {self.coefficient}",
@@ -319,16 +366,20 @@ class KLConfig:
 class FilterConfig:
     """Which trajectories an update keeps."""
 
-    kind: Literal["none", "running_zscore"] = "none"
-    """`running_zscore`: those whose reward exceeds the mean of all earlier ones by min_zscore standard deviations."""
+    kind: Literal["none", "running_zscore", "group_zscore", "extremes"] = "none"
+    """`running_zscore`: those whose reward exceeds the mean of all earlier ones by min_zscore standard deviations;
+    `group_zscore`: the mean of their own group by as many of its own; `extremes`: the best and worst of each group."""
     warmup: int = 15
-    """Trajectories seen before any is kept."""
+    """`running_zscore`: trajectories seen before any is kept."""
     min_zscore: float = 1.0
     """Standard deviations above the mean."""
+    extremes: int = 2
+    """`extremes`: so many best and so many worst trajectories of each group."""
 
     def __post_init__(self) -> None:
         _require(self.warmup >= 2, f"objective.filter.warmup must be at least 2, got {self.warmup}")
         _require(math.isfinite(self.min_zscore), f"objective.filter.min_zscore must be finite, got {self.min_zscore}")
+        _require(self.extremes >= 1, f"objective.filter.extremes must be at least 1, got {self.extremes}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -425,6 +476,8 @@ class EvaluationConfig:
     """Articles to evaluate on; None: the training corpus, with fresh trajectories (and the report says so)."""
     articles: int = 200
     """Number of articles; 0: no evaluation."""
+    reward: str | None = None
+    """Reward that the arms are compared by; None: that of training."""
     num_probes: int = 4
     """P: pairs of each article set aside before the pool is cut, never read."""
     batch_articles: int = 64
@@ -481,8 +534,13 @@ class Config:
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
     def __post_init__(self) -> None:
-        self._check_encyclopedia(self.corpus, "corpus", 0)
+        needs_probes = self.reward.kind == "held_out"
+        self._check_encyclopedia(self.corpus, "corpus", self.reward.num_probes if needs_probes else 0)
         if self.evaluation.articles:
+            _require(
+                (self.evaluation.reward or self.reward.kind) != "held_out" or self.evaluation.num_probes >= 1,
+                "evaluation.num_probes must be at least 1 for the reward held_out",
+            )
             held_out = self.evaluation.corpus or self.corpus
             self._check_encyclopedia(held_out, "evaluation.corpus", self.evaluation.num_probes)
         steps, num_pairs = self.rollout.steps, self.pairs.num_pairs
@@ -495,9 +553,24 @@ class Config:
             self.objective.advantage_baseline != "leave_one_out" or self.rollout.trajectories >= 2,
             "objective.advantage_baseline: leave_one_out needs rollout.trajectories of at least 2",
         )
+        self._check_filter()
         _require(
             not self.training.shuffled_rewards or self.rollout.trajectories >= 2,
             "training.shuffled_rewards needs rollout.trajectories of at least 2",
+        )
+
+    def _check_filter(self) -> None:
+        filter_, group = self.objective.filter, self.rollout.trajectories
+        limit = (group - 1) / math.sqrt(group)
+        _require(
+            filter_.kind != "group_zscore" or filter_.min_zscore < limit,
+            f"objective.filter.min_zscore ({filter_.min_zscore}): no row of a group of {group} can be more than "
+            f"{limit:.3f} standard deviations above its mean",
+        )
+        _require(
+            filter_.kind != "extremes" or 2 * filter_.extremes <= group,
+            f"objective.filter.extremes ({filter_.extremes}): a group of {group} trajectories has at most {group // 2} "
+            "best and as many worst",
         )
 
     def _check_encyclopedia(self, corpus: CorpusConfig, key: str, num_probes: int) -> None:

@@ -17,18 +17,9 @@ from torch import Tensor
 from attention_guided_rl.config import CorpusConfig
 from attention_guided_rl.data.encyclopedia import planted_pick
 from attention_guided_rl.environment import Picker, ReadingEnvironment, sampled_pick
+from attention_guided_rl.oracle import key_queries, oracle_rows
 from attention_guided_rl.randomness import Purpose, generator
-from attention_guided_rl.records import (
-    PADDING,
-    PROMPT,
-    QUERY,
-    TEMPLATE,
-    VALUE,
-    Continuations,
-    PairPool,
-    TrajectoryBatch,
-    slot,
-)
+from attention_guided_rl.records import PairPool, TrajectoryBatch, slot
 from attention_guided_rl.selection import sample
 from attention_guided_rl.session import PaidRows, Session
 from attention_guided_rl.statistics import bootstrap_mean, holm, sign_flip_p, smallest_detectable
@@ -74,22 +65,24 @@ def run_arms(
         pool = stream.next_pool(len(indices)).to(session.model.device)
         prior = session.reference_scorer.prior(pool, session.template)
         numbers = session.uniforms(Purpose.EVALUATION, 0, indices, 1)
+        q0 = session.counterfactual_uniforms(Purpose.EVALUATION_COUNTERFACTUAL, 0, indices, 1)
         results = []
         for name in pickers:
             if name == "oracle":
-                results.append(ArmResult("oracle", _pay(session, oracle_rows(session, pool, prior), pool, prior)))
+                results.append(
+                    ArmResult(
+                        "oracle",
+                        session.pay_for_evaluation(oracle_rows(session, pool, prior, q0), pool, q0, prior=prior),
+                    )
+                )
                 continue
             if name.startswith("planted") and not bool((pool.subject >= 0).all()):
                 continue
             rows = _rollout_arm(session, name, pool, prior, numbers, corpus.variant)
-            results.append(ArmResult(name, _pay(session, rows, pool, prior)))
+            results.append(ArmResult(name, session.pay_for_evaluation(rows, pool, q0, prior=prior)))
             key_rows = with_key_text(session, rows, pool)
-            results.append(ArmResult(f"{name}/key", _pay(session, key_rows, pool, prior)))
+            results.append(ArmResult(f"{name}/key", session.pay_for_evaluation(key_rows, pool, q0, prior=prior)))
         yield EvaluationBatch(pool, prior, start, tuple(results))
-
-
-def _pay(session: Session, rows: TrajectoryBatch, pool: PairPool, prior: Tensor) -> PaidRows:
-    return session.pay(rows, pool, prior, session.reference_scorer)
 
 
 def _rollout_arm(
@@ -165,74 +158,12 @@ def _shuffle_labels(pool: PairPool) -> Int[Tensor, "A N"]:
 
 def with_key_text(session: Session, rows: TrajectoryBatch, pool: PairPool) -> TrajectoryBatch:
     """Return the rows with each query replaced by the last Q tokens of the picked key; the picks stand."""
-    ids, mask = _key_queries(session, pool)
+    ids, mask = key_queries(session, pool)
     value_ids, value_mask = rows.value_slots()
     query_ids, query_mask = slot(ids, rows.picks), slot(mask, rows.picks)
     return assemble(
         session.template, query_ids, query_mask, value_ids, value_mask, rows.picks,
         torch.zeros_like(rows.sampled_logprobs), rows.selection_logprobs,
-    )  # fmt: skip
-
-
-def _key_queries(session: Session, pool: PairPool) -> tuple[Int[Tensor, "A N Q"], Bool[Tensor, "A N Q"]]:
-    """Return the last Q tokens of every key, padded at the end of the slot."""
-    length = session.config.rollout.query_tokens
-    lens = pool.key_mask.sum(-1, keepdim=True)
-    place = torch.arange(length, device=lens.device) + (lens - length).clamp_min(0)
-    mask = place < lens
-    return pool.key_ids.gather(-1, place.clamp_max(pool.key_ids.shape[-1] - 1)), mask
-
-
-@torch.no_grad()
-def oracle_rows(session: Session, pool: PairPool, prior: Tensor) -> TrajectoryBatch:
-    """Read greedily: at every step the unread pair whose own-key text earns most, scored on branches off one cache."""
-    model, template, device = session.model, session.template, session.model.device
-    num_articles, num_pairs = pool.num_articles, pool.num_pairs
-    query_ids, query_mask = _key_queries(session, pool)
-
-    def constant(piece: tuple[int, ...]) -> Tensor:
-        return torch.tensor(piece, device=device).expand(num_articles, num_pairs, -1)
-
-    before_query, before_value = constant(template.before_query), constant(template.before_value)
-    branches = torch.cat([before_query, query_ids, before_value, pool.value_ids], -1)  # (A, N, M)
-    query_role = torch.where(query_mask, QUERY, PADDING)
-    if not session.config.reward.query_in_context:
-        query_role = torch.full_like(query_role, PADDING)
-    role = torch.cat(
-        [
-            torch.full_like(before_query, TEMPLATE), query_role, torch.full_like(before_value, TEMPLATE),
-            torch.where(pool.value_mask, VALUE, PADDING),
-        ], -1,
-    )  # fmt: skip
-
-    cache = model.new_cache()
-    prompt = torch.tensor(template.prompt, device=device).expand(num_articles, -1)
-    role_so_far = torch.full_like(prompt, PROMPT)
-    unread = torch.ones(num_articles, num_pairs, dtype=torch.bool, device=device)
-    picks = []
-    with model.reference():
-        model.extend(cache, prompt, role_so_far)
-        for _ in range(session.num_steps):
-            candidates = unread.nonzero()[:, 1].view(num_articles, -1)  # every row has equally many
-            continuations = Continuations(
-                ids=slot(branches, candidates),
-                mask=slot(role, candidates) != PADDING,
-                prefix_len=torch.full((candidates.shape[1],), role_so_far.shape[1]),
-                num_scored=pool.value_ids.shape[-1],
-            )
-            logprobs = session.reference_scorer.branch(cache, role_so_far, continuations)
-            rewards = session.reward(candidates, logprobs, pool, prior).rewards
-            pick = candidates.gather(1, rewards.argmax(-1, keepdim=True))
-            unread.scatter_(1, pick, False)
-            role_so_far = torch.cat([role_so_far, slot(role, pick)[:, 0]], 1)
-            model.extend(cache, slot(branches, pick)[:, 0], role_so_far)
-            picks.append(pick[:, 0])
-    chosen = torch.stack(picks, 1)
-    nothing = torch.zeros(*chosen.shape, query_ids.shape[-1], device=device)
-    return assemble(
-        template, slot(query_ids, chosen), slot(query_mask, chosen), slot(pool.value_ids, chosen),
-        slot(pool.value_mask, chosen), chosen, nothing,
-        torch.zeros(*chosen.shape, num_pairs, device=device),
     )  # fmt: skip
 
 
@@ -255,7 +186,7 @@ def evaluation_records(session: Session, batch: EvaluationBatch, update: int) ->
                     "index": batch.first_index + a,
                     "seed": session.config.training.seed,
                     "update": update,
-                    "reward_kind": session.config.reward.kind,
+                    "reward_kind": session.config.evaluation.reward or session.config.reward.kind,
                     "scorer": "reference",
                     "reward": reward,
                     "picks": picks.tolist(),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from attention_guided_rl.records import PADDING, Continuations, has_padding, position_ids
+from attention_guided_rl.records import PADDING, has_padding, position_ids
 
 _HEAD_CHUNK = 2**26  # elements of (rows, positions, vocabulary) in float32 at once: 256 MiB
 
@@ -91,10 +91,17 @@ class LanguageModel:
     # -- forward -------------------------------------------------------------------------------------------------
 
     def hidden(
-        self, ids: Int[Tensor, "B T"], role: Int[Tensor, "B T"], positions: Int[Tensor, " M"]
+        self,
+        ids: Int[Tensor, "B T"],
+        role: Int[Tensor, "B T"],
+        positions: Int[Tensor, " M"],
+        cache: DynamicCache | None = None,
     ) -> Float[Tensor, "B M D"]:
-        """Return the final hidden states that predict the tokens at `positions`: those one place to the left."""
-        states = self._body(ids, role, cache=None)
+        """Return the final hidden states that predict the tokens at `positions`: those one place to the left.
+
+        An empty `cache` is filled on the way, for branches off the rows.
+        """
+        states = self._body(ids, role, cache=cache)
         return states[:, positions.to(states.device) - 1]
 
     def extend(
@@ -107,49 +114,36 @@ class LanguageModel:
         """Return an empty key/value cache."""
         return DynamicCache(config=self.config)
 
-    def branch_logprobs(
-        self, cache: DynamicCache, role_so_far: Int[Tensor, "B T"], branches: Continuations
-    ) -> Float[Tensor, "B C num_scored"]:
-        """Score the last tokens of continuations that branch off a cache; the cache is left as it was.
-
-        All continuations of a row run in one forward: each attends to its prefix and to itself. 0 at padding.
-        """
-        ids, mask = branches.ids, branches.mask
-        rows, num_branches, length = ids.shape
-        device, cached = ids.device, role_so_far.shape[1]
-        prefix = torch.arange(cached, device=device) < branches.prefix_len.to(device)[:, None]  # (C, T)
-        prefix = prefix & (role_so_far != PADDING)[:, None, :]  # (B, C, T)
-        place = prefix.sum(-1, keepdim=True) + (mask.long().cumsum(-1) - 1).clamp_min(0)
-        own = mask[:, :, None, :] & torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        same_branch = torch.eye(num_branches, dtype=torch.bool, device=device)
-        among = (own[:, :, :, None, :] & same_branch[:, None, :, None]).flatten(3).flatten(1, 2)  # (B, C·M, C·M)
-        allowed = torch.cat([prefix.repeat_interleave(length, 1), among], -1)
-        additive = torch.zeros_like(allowed, dtype=self._dtype).masked_fill(~allowed, torch.finfo(self._dtype).min)
-        states = self._active.base_model(
-            input_ids=ids.flatten(1),
+    def extend_where(
+        self,
+        cache: DynamicCache,
+        ids: Int[Tensor, "B M"],
+        visible: Bool[Tensor, "B M T"],
+        places: Int[Tensor, "B M"],
+    ) -> Float[Tensor, "B M D"]:
+        """Append ids to the cache, each attending to what is `visible` to it of the T tokens then cached."""
+        additive = torch.zeros_like(visible, dtype=self._dtype).masked_fill(~visible, torch.finfo(self._dtype).min)
+        return self._active.base_model(
+            input_ids=ids,
             attention_mask=additive[:, None],
-            position_ids=place.flatten(1),
+            position_ids=places,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        cache.crop(-num_branches * length)
-        scored = branches.num_scored
-        states = states.view(rows, num_branches, length, -1)[:, :, -scored - 1 : -1]
-        logprobs = self._gather_logprobs(states.flatten(0, 1), ids[:, :, -scored:].flatten(0, 1))
-        return torch.where(mask[:, :, -scored:], logprobs.view(rows, num_branches, scored), 0.0)
 
     def token_logprobs(
         self, ids: Int[Tensor, "B T"], role: Int[Tensor, "B T"], positions: Int[Tensor, " M"]
     ) -> Float[Tensor, "B M"]:
         """Return log p(id at position | all ids before it) under the full distribution, nats; 0 at padding."""
         states = self.hidden(ids, role, positions)
-        return self.logprobs_of(states, ids[:, positions.to(ids.device)], role[:, positions.to(ids.device)])
+        places = positions.to(ids.device)
+        return self.logprobs_of(states, ids[:, places], role[:, places] != PADDING)
 
     def logprobs_of(
-        self, states: Float[Tensor, "B M D"], ids: Int[Tensor, "B M"], role: Int[Tensor, "B M"]
+        self, states: Float[Tensor, "B M D"], ids: Int[Tensor, "B M"], real: Bool[Tensor, "B M"]
     ) -> Float[Tensor, "B M"]:
-        """Return the log-probability of ids under the states that predict them; 0 at padding."""
-        return torch.where(role == PADDING, 0.0, self._gather_logprobs(states, ids))
+        """Return the log-probability of ids under the states that predict them; 0 where they are not real."""
+        return torch.where(real, self._gather_logprobs(states, ids), 0.0)
 
     def policy_logprobs(self, states: Float[Tensor, "*shape D"], temperature: float) -> Float[Tensor, "*shape V"]:
         """Return the query distribution: tempered, without control tokens (−inf there)."""

@@ -11,6 +11,7 @@ import torch
 from attention_guided_rl.data.pairs import cut_article, whole_pool
 from attention_guided_rl.errors import CorpusError
 from attention_guided_rl.evaluation import with_key_text
+from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import Article, Rewards, slot
 from attention_guided_rl.scorer import Scorer
 from attention_guided_rl.session import Session
@@ -50,4 +51,5 @@ def score_order(
         torch.zeros(shape, device=picks.device),
         torch.zeros(*picks.shape, pool.num_pairs, device=picks.device),
     )
-    return session.pay(with_key_text(session, rows, pool), pool, scorer=scorer or session.reference_scorer).rewards
+    q0 = session.counterfactual_uniforms(Purpose.EVALUATION_COUNTERFACTUAL, 0, range(len(cuts)), 1)
+    return session.pay_for_evaluation(with_key_text(session, rows, pool), pool, q0, scorer=scorer).rewards

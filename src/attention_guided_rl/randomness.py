@@ -23,6 +23,8 @@ class Purpose(IntEnum):
     SHUFFLE = 6
     CONTROL = 7
     DROPOUT = 8
+    COUNTERFACTUAL = 9
+    EVALUATION_COUNTERFACTUAL = 10
 
 
 def generator(seed: int, purpose: Purpose, *coordinates: int) -> np.random.Generator:

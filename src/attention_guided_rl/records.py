@@ -2,7 +2,7 @@
 
 Dimensions: A articles, G trajectories per article, B = A·G rows (row b = a·G + g), N pairs in the pool, P probes,
 S steps, T tokens in a row, Q/K/L query/key/value slot lengths in tokens, H heads, D embedding size, V vocabulary;
-SQ = S·Q and SL = S·L, U = Q + 1 uniform numbers a step.
+SQ = S·Q, SL = S·L, S1 = S + 1, C branches off a row, U = Q + 1 uniform numbers a step.
 Log-probabilities and rewards are in nats. Masks are True where there is a real token.
 
     Article → PairPool → TrajectoryBatch → Rewards → Advantages → UpdateBatch → LossOutput
@@ -183,6 +183,16 @@ class TrajectoryBatch:
         positions = positions.to(self.ids.device)
         return self.ids[:, positions].view(shape), (self.role[:, positions] == role).view(shape)
 
+    def before_query(self) -> Int[Tensor, "B M"]:
+        """Return the template tokens before a query, the same at every step."""
+        start = self.layout.prompt_len
+        return self.ids[:, start : start + self.layout.before_query_len]
+
+    def before_value(self) -> Int[Tensor, "B M"]:
+        """Return the template tokens before a value, the same at every step."""
+        end = self.layout.prompt_len + self.layout.step_len - self.layout.value_len
+        return self.ids[:, end - self.layout.before_value_len : end]
+
     def without_queries(self) -> "TrajectoryBatch":
         """Return the same rows with every query deleted: its tokens become padding."""
         return replace(self, role=torch.where(self.role == QUERY, PADDING, self.role))
@@ -196,6 +206,44 @@ class Scores:
     """log p(value token | everything before it); 0 at padding."""
     query_hidden: Float[Tensor, "B SQ D"]
     """Final hidden states that predict the query tokens: the reference's side of the KL without a second pass."""
+    counterfactual_ids: Int[Tensor, "B S Q"] | None = None
+    """q⁰_t, written by the untrained model in the context of step t, where it was asked for."""
+    counterfactual_logprobs: Float[Tensor, "B S L"] | None = None
+    """log p(value token | context, q⁰_t), where it was asked for."""
+    probe_logprobs: Float[Tensor, "B S1 P"] | None = None
+    """Σ log p(probe's tokens | the context after t steps, empty query), t = 0 … S, where it was asked for."""
+    candidate_logprobs: Float[Tensor, "B C L"] | None = None
+    """log p(value token | context and query of its step) of unread candidates, where it was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchRequest:
+    """What a scorer is asked about finished rows besides the values that were read; every part is optional."""
+
+    counterfactual_uniforms: Float[Tensor, "B S Q"] | None = None
+    """Write q⁰_t with these numbers, and score the value of step t after it."""
+    query_temperature: float = 1.0
+    probe_ids: Int[Tensor, "B P L"] | None = None
+    """Score these after every step."""
+    probe_mask: Bool[Tensor, "B P L"] | None = None
+    candidate_ids: Int[Tensor, "B C L"] | None = None
+    """Score these values in place of the one that was read, candidate c at step `candidate_steps[c]`."""
+    candidate_mask: Bool[Tensor, "B C L"] | None = None
+    candidate_steps: Int[Tensor, " C"] | None = None
+
+    def select(self, rows: Tensor) -> "BranchRequest":
+        """Return the request for the rows chosen by an index tensor."""
+        chosen = {
+            f.name: getattr(self, f.name)[rows]
+            for f in fields(self)
+            if f.name not in ("query_temperature", "candidate_steps") and getattr(self, f.name) is not None
+        }
+        return replace(self, **chosen)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is asked."""
+        return self.counterfactual_uniforms is None and self.probe_ids is None and self.candidate_ids is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +277,8 @@ class Advantages:
     returns: Float[Tensor, "B S"]
     advantages: Float[Tensor, "B S"]
     keep: Bool[Tensor, " B"]
+    scale: float
+    """s: what the advantages were divided by, nats per value token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +290,10 @@ class UpdateBatch:
     reference_hidden: Float[Tensor, "B SQ D"]
     num_query_tokens: int
     """M: kept rows of the whole update (all micro-batches, all processes) × S × Q, the loss's denominator."""
+    selection_logprobs: Float[Tensor, "B S"] | None = None
+    """log σ(pick), with its gradient, where the embedder is trained."""
+    reward_weights: Float[Tensor, " B"] | None = None
+    """Weight of each row's Σ log p(value tokens) in the objective, where the gradient runs through the reward too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

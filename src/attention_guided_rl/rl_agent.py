@@ -70,6 +70,17 @@ def compute_returns(rewards: Float[Tensor, "B S"], kind: Literal["to_go", "traje
     return rewards.flip(1).cumsum(1).flip(1) / num_steps
 
 
+def level_returns(rewards: Float[Tensor, "B S"], kind: Literal["to_go", "trajectory"]) -> Float[Tensor, "B S"]:
+    """Ĝ_t of rewards that are levels: `to_go` is (1/S) Σ_{t'≥t} (r_{t'} − r_{t−1}), r before the first step being 0."""
+    returns = compute_returns(rewards, kind)
+    if kind == "trajectory":
+        return returns
+    num_steps = rewards.shape[1]
+    before = torch.cat([torch.zeros_like(rewards[:, :1]), rewards[:, :-1]], 1)
+    left = torch.arange(num_steps, 0, -1, device=rewards.device) / num_steps
+    return returns - left * before
+
+
 def leave_one_out(returns: Float[Tensor, "B S"], group_size: int) -> Float[Tensor, "B S"]:
     """b_t: the mean of Ĝ_t over the other rows of the group."""
     if group_size < 2:
@@ -95,27 +106,58 @@ def advantage_baseline(
     return returns.new_tensor([moments.mean for moments in state.returns]).expand_as(returns)
 
 
-def keep_rows(rewards: Float[Tensor, "B S"], config: FilterConfig, state: AgentState) -> Bool[Tensor, " B"]:
-    """Return which trajectories the filter keeps, judged by statistics of earlier updates only."""
+def keep_rows(
+    rewards: Float[Tensor, "B S"], config: FilterConfig, state: AgentState, group_size: int
+) -> Bool[Tensor, " B"]:
+    """Return which trajectories the filter keeps, judged within their group or by earlier updates only."""
     trajectory_rewards = rewards.mean(1)
     if config.kind == "none":
         return torch.ones_like(trajectory_rewards, dtype=torch.bool)
+    if config.kind in ("group_zscore", "extremes"):
+        groups = trajectory_rewards.double().unflatten(0, (-1, group_size))
+        keep = _above_group(groups, config.min_zscore) if config.kind == "group_zscore" else _extremes(groups, config)
+        return keep.flatten()
     if state.rewards.count < config.warmup:
         return torch.zeros_like(trajectory_rewards, dtype=torch.bool)
     threshold = state.rewards.mean + config.min_zscore * state.rewards.deviation
     return trajectory_rewards.double() > threshold
 
 
+def _above_group(groups: Float[Tensor, "A G"], min_zscore: float) -> Bool[Tensor, "A G"]:
+    """Return which rows exceed their group's mean by so many of its standard deviations (n − 1)."""
+    return groups > groups.mean(1, keepdim=True) + min_zscore * groups.std(1, keepdim=True)
+
+
+def _extremes(groups: Float[Tensor, "A G"], config: FilterConfig) -> Bool[Tensor, "A G"]:
+    """Return the best and the worst rows of each group; of equal ones the earlier counts as the better."""
+    rank = groups.sort(dim=1, descending=True, stable=True).indices
+    chosen = torch.cat([rank[:, : config.extremes], rank[:, -config.extremes :]], 1)
+    return torch.zeros_like(groups, dtype=torch.bool).scatter(1, chosen, True)
+
+
 def compute_advantages(
-    rewards: Float[Tensor, "B S"], config: ObjectiveConfig, state: AgentState, group_size: int
+    rewards: Float[Tensor, "B S"],
+    config: ObjectiveConfig,
+    state: AgentState,
+    group_size: int,
+    *,
+    is_level: bool = False,
+    kl: Float[Tensor, "B S"] | None = None,
 ) -> tuple[Advantages, AgentState]:
-    """Turn rewards into advantages and kept rows, and return the state for the next update."""
-    returns = compute_returns(rewards, config.returns)
+    """Turn rewards into advantages and kept rows, and return the state for the next update.
+
+    `kl` is the mean k1 of each step's query, where the penalty is taken from the reward: it lowers the returns and
+    leaves the filter alone.
+    """
+    returns = (level_returns if is_level else compute_returns)(rewards, config.returns)
+    if kl is not None:
+        returns = returns - config.kl.coefficient * compute_returns(kl, config.returns)
     deviation = returns - advantage_baseline(returns, config, state, group_size)
     rms = float(deviation.double().square().mean().sqrt())
     scale = state.scale if state.scale is not None else rms
-    advantages = deviation / max(scale, SCALE_FLOOR)
-    keep = keep_rows(rewards, config.filter, state)
+    divisor = max(scale, SCALE_FLOOR)
+    advantages = deviation / divisor
+    keep = keep_rows(rewards, config.filter, state, group_size)
 
     next_scale = state.scale
     if rms > 0:
@@ -126,7 +168,7 @@ def compute_advantages(
         rewards=state.rewards.including(rewards.mean(1)),
         returns=tuple(m.including(returns[:, t]) for t, m in enumerate(earlier)),
     )
-    return Advantages(returns=returns, advantages=advantages, keep=keep), next_state
+    return Advantages(returns=returns, advantages=advantages, keep=keep, scale=divisor), next_state
 
 
 def effective_sample_size(advantages: Float[Tensor, "B S"]) -> float:
@@ -140,6 +182,20 @@ def policy_loss(
 ) -> Float[Tensor, ""]:
     """−(1/M) Σ sg(A_t) log π(q_{t,i} | c_t, q_{t,<i}): a micro-batch's share, a sum over M and not a mean."""
     return -(advantages.detach()[:, :, None] * logprobs).sum() / num_query_tokens
+
+
+def selection_loss(
+    logprobs: Float[Tensor, "B S"], advantages: Float[Tensor, "B S"], num_query_tokens: int
+) -> Float[Tensor, ""]:
+    """−(1/M) Σ sg(A_t) log σ(a_t | q_t, unread): the pick as an action of its own, where the embedder is trained."""
+    return -(advantages.detach() * logprobs).sum() / num_query_tokens
+
+
+def reward_loss(
+    value_logprobs: Float[Tensor, "B SL"], weights: Float[Tensor, " B"], num_query_tokens: int
+) -> Float[Tensor, ""]:
+    """−(1/M) Σ_b w_b Σ log p(value tokens): the gradient through the reward itself, where its scorer is the policy."""
+    return -(weights[:, None] * value_logprobs).sum() / num_query_tokens
 
 
 def full_kl(logprobs: Float[Tensor, "... V"], reference: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:

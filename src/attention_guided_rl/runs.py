@@ -106,7 +106,8 @@ def rollout(session: Session, *, num_articles: int = 1, out: Path | None = None)
     stream = session.stream(corpus, num_probes=evaluation.num_probes, purpose=Purpose.EVALUATION_POOL)
     pool = stream.next_pool(num_articles).to(session.model.device)
     rows = session.rollout(pool, session.uniforms(Purpose.EVALUATION, 0, range(num_articles), 1))
-    paid = session.pay(rows, pool, scorer=session.reference_scorer)
+    q0 = session.counterfactual_uniforms(Purpose.EVALUATION_COUNTERFACTUAL, 0, range(num_articles), 1)
+    paid = session.pay_for_evaluation(rows, pool, q0)
     print_trajectory(make_console(), session, paid, pool)
     if out is None:
         return

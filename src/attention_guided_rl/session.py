@@ -4,8 +4,7 @@ In: Config. Out: model, template, embedder, scorer, environment. Training, evalu
 through it, so that they cannot differ.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -15,18 +14,26 @@ from attention_guided_rl.config import Config, CorpusConfig
 from attention_guided_rl.data import CORPORA, is_private, open_corpus
 from attention_guided_rl.data.pairs import PoolStream
 from attention_guided_rl.distributed import Processes
+from attention_guided_rl.ema import EmaWeights
 from attention_guided_rl.embedders import EMBEDDERS
 from attention_guided_rl.environment import Embedder, Picker, ReadingEnvironment, embed_pool_keys, sampled_pick
-from attention_guided_rl.errors import ConfigError
 from attention_guided_rl.loading import load_model
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network
 from attention_guided_rl.objective import OBJECTIVES, Objective
 from attention_guided_rl.randomness import Purpose, uniforms
-from attention_guided_rl.records import PairPool, Rewards, Scores, TrajectoryBatch
-from attention_guided_rl.reward import REWARDS, RewardInputs
+from attention_guided_rl.records import BranchRequest, PairPool, Rewards, Scores, TrajectoryBatch
+from attention_guided_rl.reward import (
+    REWARDS,
+    Reward,
+    expected_rewards,
+    reward_inputs,
+    unread_candidates,
+    with_candidates,
+    with_probes,
+)
 from attention_guided_rl.rollouts import rollout
-from attention_guided_rl.scorer import SCORERS, Scorer, reference_scorer
+from attention_guided_rl.scorer import SCORERS, Scorer, ema_scorer, reference_scorer
 from attention_guided_rl.selection import calibrate_temperature, head_scores, query_information, selection_logprobs
 from attention_guided_rl.sizes import context_tokens, resolve_sizes
 from attention_guided_rl.tables import resolve
@@ -56,7 +63,9 @@ class Session:
             AgrlError: of the kind that fits, before any weights load where possible.
         """
         self.config, self.processes = config, processes
-        self._reward: Callable[[RewardInputs], Rewards] = resolve(REWARDS, config.reward.kind, "reward.kind")
+        self.reward = _reward(config.reward.kind, "reward.kind")
+        self.num_training_probes = config.reward.num_probes if self.reward.needs == "probes" else 0
+        self.evaluation_reward = _reward(config.evaluation.reward or config.reward.kind, "evaluation.reward")
         self.objective: Objective = resolve(OBJECTIVES, config.objective.kind, "objective.kind")
         make_embedder = resolve(EMBEDDERS, config.embedder.kind, "embedder.kind")
         corpora: list[CorpusConfig] = (
@@ -80,10 +89,14 @@ class Session:
         self.template: Template = build_template(self.model.tokenizer, config.template)
         self.num_pairs, self.num_steps = resolve_sizes(config, self.template, self.model.encode, self.network, context)
         self.embedder: Embedder = make_embedder(config.embedder, self.network, self.model)
-        if self.embedder.depends_on_policy:
-            raise ConfigError(f"embedder.kind: {config.embedder.kind!r} depends on the policy, which is not supported")
-        self.scorer: Scorer = SCORERS[config.reward.scorer](self.model, config.training.micro_batch_rows)
-        self.reference_scorer: Scorer = reference_scorer(self.model, config.training.micro_batch_rows)
+        micro_batch_rows = config.training.micro_batch_rows
+        self.reference_scorer: Scorer = reference_scorer(self.model, micro_batch_rows)
+        self.ema: EmaWeights | None = None
+        if config.reward.scorer == "ema":
+            self.ema = EmaWeights(self.model, config.reward.ema_decay)
+            self.scorer: Scorer = ema_scorer(self.model, self.ema, micro_batch_rows)
+        else:
+            self.scorer = SCORERS[config.reward.scorer](self.model, micro_batch_rows)
         self.temperature = config.selection.temperature
 
     def stream(self, corpus: CorpusConfig, *, num_probes: int, purpose: Purpose) -> PoolStream:
@@ -103,6 +116,7 @@ class Session:
         c = self.config
         return uniforms(c.training.seed, purpose, update, indices, trajectories, self.num_steps, c.rollout.query_tokens)
 
+    @torch.no_grad()
     def environment(self, pool: PairPool, trajectories: int) -> ReadingEnvironment:
         """Return an environment in which `trajectories` rows per article have read nothing yet."""
         assert self.temperature is not None, "calibrate or restore the temperature first"
@@ -115,19 +129,68 @@ class Session:
         env = self.environment(pool, uniforms.shape[0] // pool.num_articles)
         return rollout(self.model, self.template, env, uniforms, self.config.rollout.temperature, picker)
 
-    def pay(
-        self, rows: TrajectoryBatch, pool: PairPool, prior: Tensor | None = None, scorer: Scorer | None = None
-    ) -> PaidRows:
-        """Score finished rows and compute their rewards; `prior` may be given if this scorer computed it before."""
-        scorer = scorer or self.scorer
-        scores = scorer.score(rows if self.config.reward.query_in_context else rows.without_queries())
-        if prior is None:
-            prior = scorer.prior(pool, self.template)
-        return PaidRows(rows, scores, self.reward(rows.picks, scores.value_logprobs, pool, prior), prior)
+    def counterfactual_uniforms(
+        self, purpose: Purpose, update: int, indices: range, trajectories: int
+    ) -> Float[Tensor, "B S Q"] | None:
+        """Return the numbers that q⁰ is written with, or None where the reward does not need it."""
+        reward = self.reward if purpose is Purpose.COUNTERFACTUAL else self.evaluation_reward
+        if reward.needs != "counterfactual":
+            return None
+        return self.uniforms(purpose, update, indices, trajectories)[:, :, :-1]
 
-    def reward(self, picks: Tensor, value_logprobs: Tensor, pool: PairPool, prior: Tensor) -> Rewards:
-        """Apply the configured reward."""
-        return self._reward(RewardInputs(picks=picks, value_logprobs=value_logprobs, pool=pool, prior=prior))
+    def pay(
+        self, rows: TrajectoryBatch, pool: PairPool, counterfactual_uniforms: Float[Tensor, "B S Q"] | None = None
+    ) -> PaidRows:
+        """Score finished rows with the training's scorer, once, and compute the training's rewards."""
+        request = self._request(self.reward, rows, pool, counterfactual_uniforms)
+        if self.config.reward.pick == "sampled":
+            return self._pay(self.scorer, self.reward, rows, pool, request)
+        candidates = unread_candidates(rows, pool)
+        paid = self._pay(self.scorer, self.reward, rows, pool, with_candidates(request, candidates, pool))
+        inputs = reward_inputs(rows, paid.scores, pool, paid.prior)
+        return replace(paid, rewards=expected_rewards(self.reward, inputs, paid.scores, candidates, rows))
+
+    def pay_for_evaluation(
+        self,
+        rows: TrajectoryBatch,
+        pool: PairPool,
+        counterfactual_uniforms: Float[Tensor, "B S Q"] | None = None,
+        *,
+        prior: Float[Tensor, "A N"] | None = None,
+        scorer: Scorer | None = None,
+    ) -> PaidRows:
+        """Score finished rows with the frozen reference, their pool's probes included, and compute the rewards.
+
+        `prior` may be given if this scorer computed it before.
+        """
+        request = self._request(self.evaluation_reward, rows, pool, counterfactual_uniforms)
+        if pool.probe_value_ids.shape[1]:
+            request = with_probes(request, rows, pool)
+        return self._pay(scorer or self.reference_scorer, self.evaluation_reward, rows, pool, request, prior)
+
+    def _request(
+        self, reward: Reward, rows: TrajectoryBatch, pool: PairPool, counterfactual_uniforms: Tensor | None
+    ) -> BranchRequest:
+        """Return what the reward needs scored besides the values."""
+        if reward.needs == "counterfactual" and counterfactual_uniforms is None:
+            raise ValueError("this reward needs uniform numbers for the counterfactual queries")
+        request = BranchRequest(
+            counterfactual_uniforms=counterfactual_uniforms, query_temperature=self.config.rollout.temperature
+        )
+        return with_probes(request, rows, pool) if reward.needs == "probes" else request
+
+    def _pay(
+        self,
+        scorer: Scorer,
+        reward: Reward,
+        rows: TrajectoryBatch,
+        pool: PairPool,
+        request: BranchRequest,
+        prior: Tensor | None = None,
+    ) -> PaidRows:
+        scores = scorer.score(rows if self.config.reward.query_in_context else rows.without_queries(), request)
+        prior = scorer.prior(pool, self.template) if prior is None else prior
+        return PaidRows(rows, scores, reward(reward_inputs(rows, scores, pool, prior)), prior)
 
     def reference_hidden(self, paid: PaidRows) -> Tensor:
         """Return the reference's hidden states at the query positions, from the scoring pass where it has them."""
@@ -135,6 +198,35 @@ class Session:
             return paid.scores.query_hidden
         return self.reference_scorer.score(paid.rows).query_hidden
 
+    @torch.no_grad()
+    def kl_of_queries(self, paid: PaidRows) -> Float[Tensor, "B S"]:
+        """Return the mean k1 = log π − log π₀ of each query's tokens, as they were sampled."""
+        ids, real = paid.rows.query_slots()
+        hidden, parts = self.reference_hidden(paid), []
+        size = self.config.training.micro_batch_rows or len(ids)
+        for some_ids, some_hidden in zip(ids.split(size), hidden.split(size), strict=True):
+            with self.model.reference():
+                distribution = self.model.policy_logprobs(some_hidden, self.config.rollout.temperature)
+            parts.append(distribution.gather(-1, some_ids.flatten(1)[:, :, None]).view(some_ids.shape))
+        k1 = torch.where(real, paid.rows.sampled_logprobs - torch.cat(parts), 0.0)
+        return k1.sum(-1) / ids.shape[2]
+
+    def picked_logprobs(self, rows: TrajectoryBatch, key_ids: Tensor, key_mask: Tensor) -> Float[Tensor, "B S"]:
+        """Recompute log σ(pick) of rows with the gradient of a trained embedder; keys (B, N, K) of each row."""
+        num_rows, num_steps = rows.picks.shape
+        ids, mask = rows.query_slots()
+        keys = self.embedder.embed_keys(key_ids.flatten(0, 1), key_mask.flatten(0, 1)).unflatten(0, key_ids.shape[:2])
+        queries = self.embedder.embed_queries(ids.flatten(0, 1), mask.flatten(0, 1))
+        assert self.temperature is not None
+        logprobs = selection_logprobs(
+            head_scores(queries, keys),
+            (rows.selection_logprobs > -torch.inf).flatten(0, 1),
+            self.temperature,
+            self.config.selection.heads,
+        )
+        return logprobs.gather(-1, rows.picks.flatten()[:, None]).view(num_rows, num_steps)
+
+    @torch.no_grad()
     def calibrate(self, corpus: CorpusConfig) -> bool:
         """Fix τ on queries that the untrained policy writes at step 1; return whether the target was reached."""
         selection, c = self.config.selection, self.config
@@ -154,6 +246,7 @@ class Session:
         self.temperature, reached = calibrate_temperature(scores, selection.target_entropy, selection.heads)
         return reached
 
+    @torch.no_grad()
     def steerability(self, pool: PairPool) -> Float[Tensor, " A"]:
         """Mean KL(σ(·|q) ‖ mean_q σ) in nats with the pool's own keys as queries: a property of embedder and τ."""
         assert self.temperature is not None
@@ -166,3 +259,9 @@ class Session:
             logprobs = selection_logprobs(scores, unread, self.temperature, self.config.selection.heads)
             nats.append(query_information(logprobs))
         return torch.stack(nats)
+
+
+def _reward(name: str, key: str) -> Reward:
+    """Look a reward up; a plain function from outside needs nothing but the values' log-probabilities."""
+    found = resolve(REWARDS, name, key)
+    return found if isinstance(found, Reward) else Reward(found)

@@ -141,6 +141,8 @@ def trajectory_records(
         "value_token_logprobs": _nested(scores.value_logprobs),
         "sampled_logprobs": _nested(rows.sampled_logprobs),
     }
+    if scores.counterfactual_ids is not None:
+        columns["counterfactual_queries"] = scores.counterfactual_ids.tolist()
     records = []
     for b in range(rows.num_rows):
         a, g = divmod(b, group)

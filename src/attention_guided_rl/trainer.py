@@ -55,7 +55,7 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
         AgrlError: of the kind that fits; what was checkpointed stays.
     """
     config, processes = session.config, session.processes
-    stream = session.stream(config.corpus, num_probes=0, purpose=Purpose.POOL)
+    stream = session.stream(config.corpus, num_probes=session.num_training_probes, purpose=Purpose.POOL)
     optimizer = make_optimizer(session, config.optimizer)
     state, logs = _start(session, run, stream, optimizer, resume)
     num_articles, share = config.rollout.articles, processes.share(config.rollout.articles)
@@ -75,10 +75,14 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
             indices = range(num_articles)[share]
             rows = session.rollout(pool, session.uniforms(Purpose.TRAINING, update, indices, group))
             processes.rendezvous()  # the embedder may have kept one waiting
-            paid = session.pay(rows, pool)
+            q0 = session.counterfactual_uniforms(Purpose.COUNTERFACTUAL, update, indices, group)
+            paid = session.pay(rows, pool, q0)
             rewards = control_rewards(session, processes.gather_rows(paid.rewards.rewards), update)
-            advantages, agent = compute_advantages(rewards, config.objective, state.agent, group)
-            outcome = apply_update(session, optimizer, paid, advantages, rewards, update)
+            advantages, agent = compute_advantages(
+                rewards, config.objective, state.agent, group,
+                is_level=session.reward.is_level, kl=reward_kl(session, paid),
+            )  # fmt: skip
+            outcome = apply_update(session, optimizer, paid, pool, advantages, rewards, update)
             state = _next_state(state, replace(state, agent=agent, position=stream.position), outcome)
             metrics = {
                 "update": state.update,
@@ -113,6 +117,13 @@ def control_rewards(session: Session, rewards: Tensor, update: int) -> Tensor:
     for a in range(groups.shape[0]):
         groups[a] = groups[a][torch.from_numpy(rng.permutation(groups.shape[1]))]
     return groups.flatten(0, 1)
+
+
+def reward_kl(session: Session, paid: PaidRows) -> Tensor | None:
+    """Return k1 of each step's query, of all rows of all processes, where the penalty is taken from the reward."""
+    if session.config.objective.kl.place == "loss":
+        return None
+    return session.processes.gather_rows(session.kl_of_queries(paid))
 
 
 def update_metrics(
@@ -197,7 +208,7 @@ def save(session: Session, run: Path, state: RunState, optimizer: torch.optim.Op
             "- loads with `peft.PeftModel.from_pretrained` (adapter/) or `from_pretrained` (model/)\n"
             "- the licences of base model and corpus apply\n"
         )
-        save_checkpoint(run, state, session.model, optimizer, logs.sync(), readme)
+        save_checkpoint(run, state, session.model, optimizer, logs.sync(), readme, session.ema)
     session.processes.wait()
     return checkpoint_path(run, state.update)
 
@@ -210,7 +221,7 @@ def _start(
     if resume:
         path = latest_checkpoint(run)
         lengths = verify(path)["log_bytes"]
-        state = load_checkpoint(path, session.model, optimizer)
+        state = load_checkpoint(path, session.model, optimizer, session.ema)
         session.temperature = state.temperature
         if state.embedder != session.embedder.identity:
             raise CheckpointError(f"{path}: made with embedder {state.embedder}, this is {session.embedder.identity}")

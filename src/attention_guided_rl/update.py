@@ -9,11 +9,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from attention_guided_rl.config import OptimizerConfig
 from attention_guided_rl.randomness import Purpose, generator
-from attention_guided_rl.records import Advantages, UpdateBatch
+from attention_guided_rl.records import Advantages, PairPool, TrajectoryBatch, UpdateBatch
 from attention_guided_rl.session import PaidRows, Session
 
 SUMMED_METRICS = ("loss/total", "loss/policy", "loss/kl", "policy/entropy", "policy/sampler_mismatch")
@@ -44,6 +45,7 @@ def apply_update(
     session: Session,
     optimizer: torch.optim.Optimizer,
     paid: PaidRows,
+    pool: PairPool,
     advantages: Advantages,
     rewards: Tensor,
     update: int,
@@ -51,7 +53,7 @@ def apply_update(
     """Accumulate the gradient of the kept rows over micro-batches and processes, and take one optimiser step.
 
     No step, not even for the KL, when no row is kept or every kept advantage is exactly 0; none when a reward, the
-    loss or the gradient is not finite. `advantages` are of all rows, `paid` is of this process's.
+    loss or the gradient is not finite. `advantages` and `rewards` are of all rows, `paid` and `pool` of this process's.
     """
     config, processes = session.config, session.processes
     learning_rate = _learning_rate(config.optimizer, update)
@@ -74,19 +76,45 @@ def apply_update(
     for number, index in enumerate(keep.split(config.training.micro_batch_rows or max(1, rows.num_rows))):
         if len(index) == 0:
             continue
-        batch = UpdateBatch(
-            rows=rows.select(index),
-            advantages=own_advantages[index],
-            reference_hidden=reference_hidden[index],
-            num_query_tokens=denominator,
-        )
         torch.manual_seed(_dropout_seed(config.training.seed, update, processes.rank, number))
         with session.model.adapter_dropout():
+            batch = UpdateBatch(
+                rows=rows.select(index),
+                advantages=own_advantages[index],
+                reference_hidden=reference_hidden[index],
+                num_query_tokens=denominator,
+                selection_logprobs=_picked_logprobs(session, rows, pool, index),
+                reward_weights=_reward_weights(session, pool, rows, advantages.scale, index),
+            )
             output = session.objective(session.model, batch, config.objective.kl, config.rollout.temperature)
         output.loss.backward()
         for name, value in {"loss/total": output.loss.detach(), **output.metrics}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
     return _step(session, optimizer, metrics, sums, learning_rate)
+
+
+def _picked_logprobs(
+    session: Session, rows: TrajectoryBatch, pool: PairPool, index: Tensor
+) -> Float[Tensor, "B S"] | None:
+    """Return log σ(pick) with its gradient, if the embedder is trained."""
+    if not session.embedder.depends_on_policy:
+        return None
+    article = index // (rows.num_rows // pool.num_articles)
+    return session.picked_logprobs(rows.select(index), pool.key_ids[article], pool.key_mask[article])
+
+
+def _reward_weights(
+    session: Session, pool: PairPool, rows: TrajectoryBatch, scale: float, index: Tensor
+) -> Float[Tensor, " B"] | None:
+    """Return the weight of a value token's log-probability, so that with weight 1 the loss has the whole gradient of
+
+    E[(1/S) Σ r_t] up to the factor 1/(S·Q·s) that the policy term has too. The reward's baseline is held fixed.
+    """
+    weight = session.config.reward.gradient_weight
+    if weight == 0:
+        return None
+    article = index // (rows.num_rows // pool.num_articles)
+    return weight / (scale * rows.num_steps * pool.mean_value_len.to(index.device)[article])
 
 
 def _step(
@@ -111,6 +139,8 @@ def _step(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
+        if session.ema is not None:
+            session.ema.update()
     optimizer.zero_grad()
     return Outcome(metrics | {k: v for k, v in values.items() if math.isfinite(v)}, stepped=finite, finite=finite)
 

@@ -1,0 +1,166 @@
+"""Oracle: a greedy reader that tries every unread pair at every step and keeps the one that is paid best.
+
+In: a session and pools. Out: rows, one per article, with the picked key's own text in the query slots. It sees the
+reward before it picks, so it is a bound for comparison and no policy; and it maximises noise too.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from attention_guided_rl.branching import Branches, write_queries
+from attention_guided_rl.records import (
+    PADDING,
+    PROMPT,
+    QUERY,
+    TEMPLATE,
+    VALUE,
+    Continuations,
+    PairPool,
+    TrajectoryBatch,
+    slot,
+)
+from attention_guided_rl.reward import RewardInputs
+from attention_guided_rl.session import Session
+from attention_guided_rl.template import assemble
+
+
+def key_queries(session: Session, pool: PairPool) -> tuple[Int[Tensor, "A N Q"], Bool[Tensor, "A N Q"]]:
+    """Return the last Q tokens of every key, padded at the end of the slot."""
+    length = session.config.rollout.query_tokens
+    lens = pool.key_mask.sum(-1, keepdim=True)
+    place = torch.arange(length, device=lens.device) + (lens - length).clamp_min(0)
+    mask = place < lens
+    return pool.key_ids.gather(-1, place.clamp_max(pool.key_ids.shape[-1] - 1)), mask
+
+
+@torch.no_grad()
+def oracle_rows(
+    session: Session, pool: PairPool, prior: Float[Tensor, "A N"], q0: Float[Tensor, "A S Q"] | None = None
+) -> TrajectoryBatch:
+    """Read greedily by the evaluation's reward; `q0`: the numbers of the counterfactual queries, where it has them."""
+    model, num_articles = session.model, pool.num_articles
+    picks = []
+    with model.reference():
+        desk = _Desk(session, pool, prior)
+        for step in range(session.num_steps):
+            candidates = desk.unread.nonzero()[:, 1].view(num_articles, -1)  # every row has equally many
+            rewards = desk.rewards(candidates, None if q0 is None else q0[:, step])
+            pick = candidates.gather(1, rewards.argmax(-1, keepdim=True))
+            desk.read(pick)
+            picks.append(pick[:, 0])
+    chosen = torch.stack(picks, 1)
+    query_ids, query_mask = key_queries(session, pool)
+    nothing = torch.zeros(*chosen.shape, query_ids.shape[-1], device=chosen.device)
+    nowhere = torch.zeros(*chosen.shape, pool.num_pairs, device=chosen.device)
+    return assemble(
+        session.template, slot(query_ids, chosen), slot(query_mask, chosen), slot(pool.value_ids, chosen),
+        slot(pool.value_mask, chosen), chosen, nothing, nowhere,
+    )  # fmt: skip
+
+
+class _Desk:
+    """One row per article: what has been read is cached, and what might be read next is tried on branches."""
+
+    def __init__(self, session: Session, pool: PairPool, prior: Float[Tensor, "A N"]) -> None:
+        self._session, self._pool, self._prior = session, pool, prior
+        self._step_ids, self._step_role = _possible_steps(session, pool)
+        template, device = session.template, session.model.device
+        empty = torch.tensor(template.before_query + template.before_value, device=device)
+        self._empty_query = empty.expand(pool.num_articles, -1)
+        prompt = torch.tensor(template.prompt, device=device).expand(pool.num_articles, -1)
+        self._cache: DynamicCache = session.model.new_cache()
+        self._role = torch.full_like(prompt, PROMPT)
+        session.model.extend(self._cache, prompt, self._role)
+        self.unread = torch.ones(pool.num_articles, pool.num_pairs, dtype=torch.bool, device=device)
+        self._before = None if pool.probe_value_ids.shape[1] == 0 else self._probes(None)
+
+    def rewards(self, candidates: Int[Tensor, "A C"], q0: Float[Tensor, "A Q"] | None) -> Float[Tensor, "A C"]:
+        """Return what each candidate would be paid if it were read now."""
+        reward = self._session.evaluation_reward
+        inputs = RewardInputs(
+            picks=candidates,
+            value_logprobs=self._score(slot(self._step_ids, candidates), slot(self._step_role, candidates) != PADDING),
+            pool=self._pool,
+            prior=self._prior,
+            counterfactual_logprobs=self._counterfactual(candidates, q0) if reward.needs == "counterfactual" else None,
+            probe_logprobs=self._levels(candidates) if reward.needs == "probes" else None,
+        )
+        return reward(inputs).rewards
+
+    def read(self, pick: Int[Tensor, "A 1"]) -> None:
+        """Read one pair of each article."""
+        self.unread.scatter_(1, pick, False)
+        self._role = torch.cat([self._role, slot(self._step_role, pick)[:, 0]], 1)
+        self._session.model.extend(self._cache, slot(self._step_ids, pick)[:, 0], self._role)
+
+    def _score(self, ids: Int[Tensor, "A C M"], mask: Bool[Tensor, "A C M"]) -> Float[Tensor, "A C L"]:
+        """Score the values (or probes) at the end of branches off what has been read."""
+        branches = Continuations(
+            ids=ids,
+            mask=mask,
+            prefix_len=torch.full((ids.shape[1],), self._role.shape[1]),
+            num_scored=self._pool.value_ids.shape[-1],
+        )
+        return self._session.reference_scorer.branch(self._cache, self._role, branches)
+
+    def _levels(self, candidates: Int[Tensor, "A C"]) -> Float[Tensor, "A C1 P"]:
+        """Return Σ log p of the probes before anything was read, then after each candidate."""
+        assert self._before is not None
+        return torch.cat([self._before, self._probes(candidates)], 1)
+
+    def _probes(self, candidates: Int[Tensor, "A C"] | None) -> Float[Tensor, "A C P"]:
+        """Score every probe after an empty query: as things are (C = 1), or after each candidate."""
+        probe_ids, probe_mask = self._pool.probe_value_ids, self._pool.probe_value_mask
+        num_articles, num_probes = probe_ids.shape[:2]
+        if candidates is None:
+            before_ids = probe_ids.new_zeros(num_articles, 1, 0)
+            before_mask = before_ids.bool()
+        else:
+            before_ids, before_mask = slot(self._step_ids, candidates), slot(self._step_role, candidates) != PADDING
+        count = before_ids.shape[1]
+        empty = self._empty_query[:, None].expand(-1, count * num_probes, -1)
+        ids = [before_ids.repeat_interleave(num_probes, 1), empty, probe_ids.repeat(1, count, 1)]
+        mask = [
+            before_mask.repeat_interleave(num_probes, 1), torch.ones_like(empty, dtype=torch.bool),
+            probe_mask.repeat(1, count, 1),
+        ]  # fmt: skip
+        return self._score(torch.cat(ids, -1), torch.cat(mask, -1)).sum(-1).view(num_articles, count, num_probes)
+
+    def _counterfactual(
+        self, candidates: Int[Tensor, "A C"], q0: Float[Tensor, "A Q"] | None
+    ) -> Float[Tensor, "A C L"]:
+        """Score every candidate's value after the query that the untrained model writes here."""
+        assert q0 is not None
+        session, template = self._session, self._session.template
+        before = self._empty_query[:, None, : len(template.before_query)]
+        writing = Branches(session.model, self._cache, self._role, torch.tensor([self._role.shape[1]]))
+        first = writing.extend(before, torch.ones_like(before, dtype=torch.bool))[:, :, -1]
+        temperature = session.config.rollout.temperature
+        query = write_queries(session.model, writing, first, q0[:, None], temperature)
+        writing.close()
+        step = torch.cat([before, query, self._empty_query[:, None, len(template.before_query) :]], -1)
+        step = step.expand(-1, candidates.shape[1], -1)
+        value_ids, value_mask = slot(self._pool.value_ids, candidates), slot(self._pool.value_mask, candidates)
+        mask = torch.cat([torch.ones_like(step, dtype=torch.bool), value_mask], -1)
+        return self._score(torch.cat([step, value_ids], -1), mask)
+
+
+def _possible_steps(session: Session, pool: PairPool) -> tuple[Int[Tensor, "A N M"], Int[Tensor, "A N M"]]:
+    """Return the tokens of a step for every pair, with its own key as query, and their roles."""
+    query_ids, query_mask = key_queries(session, pool)
+    query_role = torch.where(query_mask, QUERY, PADDING)
+    if not session.config.reward.query_in_context:
+        query_role = torch.full_like(query_role, PADDING)
+
+    def constant(piece: tuple[int, ...]) -> Tensor:
+        return torch.tensor(piece, device=pool.key_ids.device).expand(pool.num_articles, pool.num_pairs, -1)
+
+    before_query, before_value = constant(session.template.before_query), constant(session.template.before_value)
+    ids = torch.cat([before_query, query_ids, before_value, pool.value_ids], -1)
+    role = [
+        torch.full_like(before_query, TEMPLATE), query_role, torch.full_like(before_value, TEMPLATE),
+        torch.where(pool.value_mask, VALUE, PADDING),
+    ]  # fmt: skip
+    return ids, torch.cat(role, -1)
