@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_guided_rl.config import SelectionConfig
-from attention_guided_rl.records import PairPool, slot
+from attention_guided_rl.records import PairPool, TrajectoryBatch, slot
 from attention_guided_rl.selection import head_scores, sample, selection_logprobs
 
 Picker = Callable[["ReadingEnvironment", Float[Tensor, "B N"], Float[Tensor, " B"]], Int[Tensor, " B"]]
@@ -106,3 +106,23 @@ def embed_pool_keys(embedder: Embedder, pool: PairPool) -> Float[Tensor, "A N Hk
     """Embed every key of the pools, once."""
     vectors = embedder.embed_keys(pool.key_ids.flatten(0, 1), pool.key_mask.flatten(0, 1))
     return vectors.unflatten(0, (pool.num_articles, pool.num_pairs))
+
+
+def picked_logprobs(
+    embedder: Embedder,
+    selection: SelectionConfig,
+    temperature: float,
+    rows: TrajectoryBatch,
+    pool: PairPool,
+    articles: Int[Tensor, " B"],
+) -> Float[Tensor, "B S"]:
+    """Recompute log σ(a_t | q_t, unread) of finished rows, with gradients where the embedder has them.
+
+    Row b reads article `articles[b]` of the pool; every article is embedded once.
+    """
+    ids, mask = rows.query_slots()
+    keys = embed_pool_keys(embedder, pool)[articles].repeat_interleave(rows.num_steps, 0)
+    queries = embedder.embed_queries(ids.flatten(0, 1), mask.flatten(0, 1))
+    unread = (rows.selection_logprobs > -torch.inf).flatten(0, 1)
+    logprobs = selection_logprobs(head_scores(queries, keys), unread, temperature, selection.heads)
+    return logprobs.gather(-1, rows.picks.flatten()[:, None]).view(rows.picks.shape)

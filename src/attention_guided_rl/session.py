@@ -7,7 +7,7 @@ through it, so that they cannot differ.
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attention_guided_rl.config import Config, CorpusConfig
@@ -16,7 +16,14 @@ from attention_guided_rl.data.pairs import PoolStream
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.ema import EmaWeights
 from attention_guided_rl.embedders import EMBEDDERS
-from attention_guided_rl.environment import Embedder, Picker, ReadingEnvironment, embed_pool_keys, sampled_pick
+from attention_guided_rl.environment import (
+    Embedder,
+    Picker,
+    ReadingEnvironment,
+    embed_pool_keys,
+    picked_logprobs,
+    sampled_pick,
+)
 from attention_guided_rl.loading import load_model
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network
@@ -211,20 +218,10 @@ class Session:
         k1 = torch.where(real, paid.rows.sampled_logprobs - torch.cat(parts), 0.0)
         return k1.sum(-1) / ids.shape[2]
 
-    def picked_logprobs(self, rows: TrajectoryBatch, key_ids: Tensor, key_mask: Tensor) -> Float[Tensor, "B S"]:
-        """Recompute log σ(pick) of rows with the gradient of a trained embedder; keys (B, N, K) of each row."""
-        num_rows, num_steps = rows.picks.shape
-        ids, mask = rows.query_slots()
-        keys = self.embedder.embed_keys(key_ids.flatten(0, 1), key_mask.flatten(0, 1)).unflatten(0, key_ids.shape[:2])
-        queries = self.embedder.embed_queries(ids.flatten(0, 1), mask.flatten(0, 1))
+    def picked_logprobs(self, rows: TrajectoryBatch, pool: PairPool, articles: Int[Tensor, " B"]) -> Tensor:
+        """Recompute log σ(pick) of rows, (B, S), with the gradient of a trained embedder; row b reads `articles[b]`."""
         assert self.temperature is not None
-        logprobs = selection_logprobs(
-            head_scores(queries, keys),
-            (rows.selection_logprobs > -torch.inf).flatten(0, 1),
-            self.temperature,
-            self.config.selection.heads,
-        )
-        return logprobs.gather(-1, rows.picks.flatten()[:, None]).view(num_rows, num_steps)
+        return picked_logprobs(self.embedder, self.config.selection, self.temperature, rows, pool, articles)
 
     @torch.no_grad()
     def calibrate(self, corpus: CorpusConfig) -> bool:

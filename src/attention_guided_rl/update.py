@@ -99,8 +99,7 @@ def _picked_logprobs(
     """Return log σ(pick) with its gradient, if the embedder is trained."""
     if not session.embedder.depends_on_policy:
         return None
-    article = index // (rows.num_rows // pool.num_articles)
-    return session.picked_logprobs(rows.select(index), pool.key_ids[article], pool.key_mask[article])
+    return session.picked_logprobs(rows.select(index), pool, index // (rows.num_rows // pool.num_articles))
 
 
 def _reward_weights(
