@@ -41,7 +41,7 @@ from attention_guided_rl.config_files import config_to_yaml, load_config
 from attention_guided_rl.data import CORPORA
 from attention_guided_rl.data.pairs import cut_article
 from attention_guided_rl.embedders.attention import AttentionEmbedder
-from attention_guided_rl.environment import ReadingEnvironment, embed_pool_keys
+from attention_guided_rl.environment import ReadingEnvironment, embed_pool_keys, picked_logprobs
 from attention_guided_rl.errors import ConfigError
 from attention_guided_rl.evaluation import evaluation_records, run_arms, with_key_text
 from attention_guided_rl.loading import load_model, prepare
@@ -54,12 +54,20 @@ from attention_guided_rl.records import (
     VALUE,
     Advantages,
     Article,
+    BranchRequest,
     Continuations,
     PairPool,
     PairText,
     UpdateBatch,
 )
-from attention_guided_rl.reward import REWARDS, RewardInputs
+from attention_guided_rl.reward import (
+    REWARDS,
+    RewardInputs,
+    expected_rewards,
+    reward_inputs,
+    unread_candidates,
+    with_candidates,
+)
 from attention_guided_rl.rl_agent import (
     AgentState,
     RunningMoments,
@@ -468,6 +476,16 @@ class Toy:
             torch.zeros(query_ids.shape), nothing,
         )  # fmt: skip
 
+    def all_sigma(self):
+        """σ of every row, step and pair, 0 where read."""
+        query_ids, _ = self.rows.query_slots()
+        found = torch.zeros(len(query_ids), self.steps, 3)
+        for b, (texts, picks) in enumerate(zip(query_ids.tolist(), self.rows.picks.tolist(), strict=True)):
+            for t, text in enumerate(texts):
+                for j, probability in self.sigma(text, [j for j in range(3) if j not in picks[:t]]).items():
+                    found[b, t, j] = probability
+        return found
+
     def query_logprobs(self):
         """log π of every query token of every row, from the transformers model in float64."""
         logits = self.model.peft_model(input_ids=self.rows.ids).logits / self.temperature
@@ -532,16 +550,118 @@ def test_law_03_every_estimator_has_the_exact_gradient_as_its_mean(toy, exact, r
     else:
         found, _ = compute_advantages(rewards, config, state, 2)
         advantages = found.advantages
+    assert_is_the_gradient(toy, estimate(toy, probability[:, None] * advantages), gradient)
+
+
+def estimate(toy, advantages, config=KLConfig(coefficient=0.0), **options):  # noqa: B008
+    """The objective's gradient over all trajectories, each weighted by its probability."""
     batch = UpdateBatch(
         rows=toy.rows,
-        advantages=probability[:, None] * advantages,
+        advantages=advantages,
         reference_hidden=reference_scorer(toy.model).score(toy.rows).query_hidden,
         num_query_tokens=toy.steps * toy.query_len,
+        **options,
     )
-    loss = policy_gradient(toy.model, batch, KLConfig(coefficient=0.0), toy.temperature).loss
-    for name, ours in gradients(toy.model, loss).items():
+    return gradients(toy.model, policy_gradient(toy.model, batch, config, toy.temperature).loss)
+
+
+def assert_is_the_gradient(toy, found, gradient):
+    for name, ours in found.items():
         wanted = -gradient[name] / (toy.steps * toy.query_len)
         torch.testing.assert_close(ours, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=0)
+
+
+def weighted_advantages(toy, rewards, config, **options):
+    """A_t with s = 1 and a fixed baseline, times the row's probability."""
+    earlier = (RunningMoments(3, 0.4, 1.0), RunningMoments(3, -0.2, 1.0))
+    found, _ = compute_advantages(rewards, config, AgentState(scale=1.0, returns=earlier), 2, **options)
+    return toy.probabilities().detach().float()[:, None] * found.advantages
+
+
+@pytest.mark.parametrize("returns", ["to_go", "trajectory"])
+def test_law_03_levels_have_the_exact_gradient_too(toy, exact, returns):
+    """held_out: r_t says how much is known after step t; the mean over steps is still what is maximised."""
+    rewards, gradient = exact
+    config = ObjectiveConfig(returns=returns, advantage_baseline="running_mean")
+    assert_is_the_gradient(toy, estimate(toy, weighted_advantages(toy, rewards, config, is_level=True)), gradient)
+
+
+def test_law_03_the_expectation_over_the_pick_has_the_exact_gradient(toy, exact):
+    rewards, gradient = exact
+    rows = replace(toy.rows, selection_logprobs=toy.all_sigma().log())
+    candidates = unread_candidates(rows, toy.pool)
+    scorer = reference_scorer(toy.model)
+    scores = scorer.score(rows, with_candidates(BranchRequest(), candidates, toy.pool))
+    inputs = reward_inputs(rows, scores, toy.pool, scorer.prior(toy.pool, toy.template))
+    expected = expected_rewards(REWARDS["value_prior"], inputs, scores, candidates, rows).rewards
+    assert float((expected - rewards).abs().max()) > 0.05
+    config = ObjectiveConfig(advantage_baseline="running_mean")
+    assert_is_the_gradient(toy, estimate(toy, weighted_advantages(toy, expected, config)), gradient)
+
+
+def test_law_03_a_penalty_in_the_reward_has_the_exact_gradient(toy, exact):
+    rewards, _ = exact
+    beta, shape = 0.3, (len(rewards), toy.steps, toy.query_len)
+    with torch.no_grad(), toy.model.reference():
+        reference = toy.query_logprobs()
+    k1 = (toy.query_logprobs() - reference).view(shape).mean(-1)
+    wanted = gradients(toy.model, (toy.probabilities() * (rewards - beta * k1).mean(1)).sum())
+    config = ObjectiveConfig(
+        advantage_baseline="running_mean", kl=KLConfig(coefficient=beta, place="reward", estimator="k1")
+    )
+    advantages = weighted_advantages(toy, rewards, config, kl=k1.detach().float())
+    assert_is_the_gradient(toy, estimate(toy, advantages, config.kl), wanted)
+
+
+def test_law_03_a_trained_selection_has_the_exact_gradient(toy, exact):
+    """The embedder uses the policy's projections: log σ of the pick joins the loss."""
+    rewards, _ = exact
+    embedder = AttentionEmbedder(EmbedderConfig(kind="attention", trained=True), toy.model)
+    words = tensor(list(itertools.product(toy.words, repeat=toy.query_len)))
+    place = {tuple(text): n for n, text in enumerate(words.tolist())}
+    queries = embedder.embed_queries(words, torch.ones_like(words, dtype=torch.bool))
+    keys = embedder.embed_keys(toy.pool.key_ids[0], toy.pool.key_mask[0])
+    scores = torch.einsum("qhd,khd->qk", queries, keys) / queries.shape[1] / toy.tau
+    query_ids, _ = toy.rows.query_slots()
+    log_sigma, read = torch.zeros(len(rewards)), torch.full((len(rewards), 2, 3), -torch.inf)
+    for b, (texts, picks) in enumerate(zip(query_ids.tolist(), toy.rows.picks.tolist(), strict=True)):
+        for t, (text, pick) in enumerate(zip(texts, picks, strict=True)):
+            unread = [j for j in range(3) if j not in picks[:t]]
+            read[b, t, unread] = 0.0  # only which are unread counts
+            row = scores[place[tuple(text)]]
+            log_sigma = log_sigma + torch.zeros(len(rewards)).index_add(
+                0, tensor([b]), (row[pick] - row[unread].logsumexp(0))[None].float()
+            )
+    probability = (toy.query_logprobs().sum(1) + log_sigma).exp()
+    assert float(probability.detach().sum()) == pytest.approx(1.0, abs=1e-4)
+    wanted = gradients(toy.model, (probability * rewards.double().mean(1)).sum())
+    rows = replace(toy.rows, selection_logprobs=read)
+    chosen = picked_logprobs(
+        embedder, SelectionConfig(), toy.tau, rows, toy.pool, torch.zeros(len(rewards), dtype=torch.long)
+    )
+    earlier = (RunningMoments(3, 0.4, 1.0), RunningMoments(3, -0.2, 1.0))
+    config = ObjectiveConfig(advantage_baseline="running_mean")
+    found, _ = compute_advantages(rewards, config, AgentState(scale=1.0, returns=earlier), 2)
+    advantages = probability.detach().float()[:, None] * found.advantages
+    ours = estimate(toy, advantages, selection_logprobs=chosen)
+    without = estimate(toy, advantages)
+    assert_is_the_gradient(toy, ours, wanted)
+    assert any(float((ours[n] - without[n]).abs().max()) > 1e-3 * float(wanted[n].abs().max()) for n in ours)
+
+
+def test_law_03_the_gradient_through_the_reward_makes_it_whole(toy):
+    """Live scorer, weight 1: the loss has the gradient of E[R_θ] by θ in the policy and in the reward alike."""
+    layout = toy.rows.layout
+    logits = toy.model.peft_model(input_ids=toy.rows.ids).logits
+    places = layout.value_positions
+    logprobs = logits[:, places - 1].log_softmax(-1).gather(-1, toy.rows.ids[:, places][..., None])[..., 0]
+    rewards = logprobs.view(len(toy.rows.ids), toy.steps, -1).sum(-1) / 2  # all values have two tokens
+    wanted = gradients(toy.model, (toy.probabilities() * rewards.mean(1)).sum())
+    probability = toy.probabilities().detach().float()
+    config = ObjectiveConfig(advantage_baseline="running_mean")
+    advantages = weighted_advantages(toy, rewards.detach().float(), config)
+    weights = probability / (toy.steps * 2)
+    assert_is_the_gradient(toy, estimate(toy, advantages, reward_weights=weights), wanted)
 
 
 def test_law_03_the_rollout_draws_from_the_enumerated_distribution(toy):

@@ -35,7 +35,8 @@ def test_held_out_pays_the_level_of_the_probes_above_their_start(make_session):
 
 
 def test_an_untrained_policy_scores_nothing_against_its_own_kind(make_session):
-    session = make_session({"reward.kind": "counterfactual"})
+    """Where the choice does not follow the query. Where it does, q_t fits what was picked better than q⁰ can."""
+    session = make_session({"reward.kind": "counterfactual", "selection.temperature": 1e9})
     pool, rows = first_pool(session), 400
     numbers = session.uniforms(Purpose.TRAINING, 0, range(2), rows)
     q0 = session.counterfactual_uniforms(Purpose.COUNTERFACTUAL, 0, range(2), rows)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import tensor
 
-from attention_guided_rl.config import FilterConfig, ObjectiveConfig
+from attention_guided_rl.config import FilterConfig, KLConfig, ObjectiveConfig
 from attention_guided_rl.rl_agent import (
     AgentState,
     RunningMoments,
@@ -18,6 +18,7 @@ from attention_guided_rl.rl_agent import (
     full_kl,
     keep_rows,
     leave_one_out,
+    level_returns,
     policy_loss,
     sampled_kl,
 )
@@ -273,3 +274,40 @@ def test_sampled_kl_estimators():
 )
 def test_effective_sample_size(advantages, expected):
     assert effective_sample_size(tensor(advantages)) == pytest.approx(expected)
+
+
+def test_levels_credit_what_each_step_and_the_later_ones_add():
+    # r = 1, 4, 3: to go from step 1: (1 + 4 + 3)/3; from 2: ((4−1) + (3−1))/3; from 3: (3−4)/3
+    found = level_returns(tensor([[1.0, 4.0, 3.0]]), "to_go")[0].tolist()
+    assert found == pytest.approx([8 / 3, 5 / 3, -1 / 3])
+    assert level_returns(tensor([[1.0, 4.0, 3.0]]), "trajectory")[0].tolist() == pytest.approx([8 / 3] * 3)
+
+
+def test_a_group_filter_judges_rows_by_their_own_group():
+    # groups (0, 0, 0, 4): mean 1, SD 2, the last is 1.5 SD above; (5, 6, 7, 8): mean 6.5, SD 1.291: 8 is 1.162 above
+    rewards = of_one_step(0.0, 0.0, 0.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+    for z, expected in ((1.0, [3, 7]), (1.2, [3]), (0.3, [3, 6, 7])):
+        keep = keep_rows(rewards, FilterConfig(kind="group_zscore", min_zscore=z), AgentState(), 4)
+        assert keep.nonzero()[:, 0].tolist() == expected
+    assert not keep_rows(
+        of_one_step(2.0, 2.0), FilterConfig(kind="group_zscore", min_zscore=0.0), AgentState(), 2
+    ).any()
+
+
+def test_extremes_are_the_best_and_the_worst_with_ties_by_place():
+    rewards = of_one_step(3.0, 1.0, 2.0, 5.0, 4.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    keep = keep_rows(rewards, FilterConfig(kind="extremes", extremes=1), AgentState(), 5)
+    assert keep.nonzero()[:, 0].tolist() == [1, 3, 5, 9]  # equal ones: the first is the best, the last the worst
+
+
+def test_a_penalty_in_the_reward_lowers_returns_and_leaves_the_filter_alone():
+    config = ObjectiveConfig(
+        advantage_baseline="none",
+        kl=KLConfig(coefficient=0.5, place="reward", estimator="k1"),
+        filter=FilterConfig(kind="group_zscore", min_zscore=0.0),
+    )
+    rewards, kl = tensor([[1.0, 3.0], [0.0, 2.0]]), tensor([[4.0, 2.0], [0.0, 0.0]])
+    found, _ = compute_advantages(rewards, config, AgentState(scale=1.0), 2, kl=kl)
+    # row 0: (1−2) + (3−1) = 1, over S = 2; then (3−1)/2. Row 1: (0 + 2)/2, 2/2
+    assert found.returns.tolist() == [[0.5, 1.0], [1.0, 1.0]]
+    assert found.keep.tolist() == [True, False]  # means 2 and 1, without the penalty

@@ -33,7 +33,8 @@ def selection_logprobs(
     if heads == "mean_score":
         scores = scores.mean(1, keepdim=True)
     logprobs = (scores / temperature).masked_fill(~unread[:, None], -torch.inf).log_softmax(-1)
-    return logprobs.logsumexp(1) - math.log(logprobs.shape[1])
+    finite = logprobs.masked_fill(~unread[:, None], 0.0)  # the gradient of logsumexp over nothing but −inf is NaN
+    return (finite.logsumexp(1) - math.log(logprobs.shape[1])).masked_fill(~unread, -torch.inf)
 
 
 def sample(logprobs: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
