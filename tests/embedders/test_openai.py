@@ -338,14 +338,15 @@ def test_a_service_that_is_down_is_given_up_within_the_deadline(service, make, f
     assert len(service.requests) >= 2
 
 
-@pytest.mark.parametrize("fault", ["black_hole", "slow_drip"])
-def test_a_reply_that_never_ends_is_given_up_within_the_deadline(service, make, fault):
+@pytest.mark.parametrize("timeout_s", [0.1, 30.0])
+@pytest.mark.parametrize("fault", ["black_hole", "slow_drip", "slow_headers"])
+def test_a_reply_that_never_ends_is_given_up_at_the_deadline(service, make, fault, timeout_s):
     service.faults, service.probability = [fault], 1.0
-    encoder = make(deadline_s=0.5, timeout_s=0.1)
+    encoder = make(deadline_s=0.5, timeout_s=timeout_s)
     began = time.monotonic()
     with pytest.raises(RemoteError) as caught:
         encoder.encode(TEXTS)
-    assert time.monotonic() - began < 0.5 + 5 * 0.1 + 0.5  # the last attempt begins before the deadline
+    assert time.monotonic() - began < 0.5 + 0.4  # some of which is computing
     assert caught.value.exit_code == 5
 
 
@@ -638,7 +639,7 @@ def test_the_key_is_in_no_error_log_warning_or_file(service, make, tmp_path, cap
         with pytest.raises(CredentialsError) as caught:
             make().encode(TEXTS)
         said.append(str(caught.value))
-    assert len(said) == len(faults) - len(HARMLESS) + 3
+    assert len(said) >= len(faults) - len(HARMLESS) + 3  # and replies that came after the deadline
     assert [message for message in said if KEY in message] == []
     assert [record.getMessage() for record in caplog.records if KEY in record.getMessage()] == []
     assert not any(KEY in str(warning.message) for warning in warned)
