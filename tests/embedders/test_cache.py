@@ -23,6 +23,7 @@ import torch
 
 import attention_guided_rl
 from attention_guided_rl.config import NetworkConfig
+from attention_guided_rl.embedders import text as text_module
 from attention_guided_rl.embedders.cache import NANO, Ledger, VectorStore
 from attention_guided_rl.embedders.text import CANARIES, STORE, TextEmbedder
 from attention_guided_rl.errors import SpendError, StorageError
@@ -356,8 +357,9 @@ def claims(path: Path) -> int:
         database.close()
 
 
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize("moment", ["before the store is opened", "while its texts are waited for"])
-def test_the_texts_of_a_killed_process_are_taken_over_at_once(start, answered, moment):
+def test_the_texts_of_a_killed_process_are_taken_over_at_once(start, answered, moment, monkeypatch, caplog):
     """Its claims last an hour, and its other process lives on."""
     script = """
 store = VectorStore(Path(sys.argv[1]))
@@ -372,12 +374,15 @@ time.sleep(60)
         killed.wait()
     encoder = Known()
     embedder = TextEmbedder(encoder, Network(NetworkConfig(cache=answered)), lambda ids: f"text {ids[0]}")
+    monkeypatch.setattr(text_module, "QUIET_WAIT", 0.1)
     timer = threading.Timer(0.3, killed.kill)
     timer.start()
     began = time.monotonic()
     embedder.embed_keys(torch.arange(4)[:, None], torch.ones(4, 1, dtype=torch.bool))
     assert time.monotonic() - began < 2.0
     assert encoder.texts == ["text 0", "text 1", "text 2", "text 3"]
+    waited = ["waiting for 4 texts that another process is having embedded"]
+    assert [record.getMessage() for record in caplog.records] == (waited if moment.startswith("while") else [])
     assert claims(answered / STORE) == 1
     assert VectorStore(answered / STORE).claim("killed", ["text 4"], 60) == []  # who lives keeps his
     timer.join()
