@@ -150,7 +150,7 @@ def forked(arguments: list[str], **environment: str) -> int:
         return child
     code = 70
     try:
-        os.environ.update(environment)
+        os.environ.update(environment, OMP_NUM_THREADS="1")  # or the processes fight for the cores
         PartialState._reset_state()
         code = main(arguments)
     finally:
@@ -277,7 +277,7 @@ def test_a_run_that_is_killed_while_it_waits_for_vectors_goes_on_as_if_nothing_h
 
 
 def test_two_processes_share_what_they_fetch_and_read_as_one(agrl, arguments, wiki, service, tmp_path):
-    two_articles = ("--rollout.articles", "2", "--evaluation.articles", "0")
+    two_articles = ("--rollout.articles", "2", "--evaluation.articles", "0", "--training.updates", "2")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
