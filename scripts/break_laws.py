@@ -1,4 +1,4 @@
-"""Break the laws on purpose, one at a time, and require that their tests notice.
+"""Break the laws and promises on purpose, one at a time, and require that their tests notice.
 
     python scripts/break_laws.py            every mutation, a few seconds each
     python scripts/break_laws.py shift kl   those whose name contains one of the words
@@ -6,7 +6,7 @@
 
 Source, tests and configurations are copied to a temporary folder. First the named tests must pass there unchanged; then
 each mutation is applied to a fresh copy (every `old` text must occur exactly once in its file, or the script fails:
-a mutation that no longer applies proves nothing), and the law tests named for it must fail. Exits 1 if one survives.
+a mutation that no longer applies proves nothing), and the tests named for it must fail. Exits 1 if one survives.
 
 What takes long is importing torch and transformers. So they are imported once, here, and every run of pytest is a fork;
 the package itself is first imported in the fork, from its own copy.
@@ -30,17 +30,19 @@ COPIED = ("src", "tests", "configs", "pyproject.toml")
 
 @dataclass(frozen=True)
 class Mutation:
-    """One mistake: what is replaced where, and the tests (an expression for pytest -k) that must see it."""
+    """One mistake: what is replaced where, and the tests (a file, an expression for pytest -k) that must see it."""
 
     name: str
+    file: str
     tests: str
     edits: tuple[tuple[str, str, str], ...]
     """File in the package, text that occurs exactly once, replacement."""
 
 
 def mistake(name: str, tests: str, *edits: tuple[str, str, str]) -> Mutation:
-    """Describe a mutation."""
-    return Mutation(name, tests, edits)
+    """Describe a mutation; `tests` is the expression, behind `file: ` where that is not test_laws.py."""
+    file, _, expression = tests.rpartition(": ")
+    return Mutation(name, f"tests/{file or 'test_laws'}.py", expression, edits)
 
 
 MUTATIONS = (
@@ -229,11 +231,110 @@ MUTATIONS = (
         "a field that nothing reads", "law_13",
         ("update.py", "weight_decay=config.weight_decay", "weight_decay=0.0"),
     ),
+    # promises about what leaves this machine, what comes back and what is paid
+    mistake(
+        "vectors in the order of the reply, not of its indices", "embedders/test_openai: survived and shuffled",
+        ("embedders/openai.py", "np.stack([items[i] for i in range(num_texts)])", "np.stack(list(items.values()))"),
+    ),
+    mistake(
+        "the last vector of a text wins", "embedders/test_cache: first_vector",
+        ("embedders/cache.py", "INSERT OR IGNORE INTO vectors", "INSERT OR REPLACE INTO vectors"),
+    ),
+    mistake(
+        "a vector is used and not stored", "embedders/test_text: second_look",
+        ("embedders/text.py", "self._store.put(self.identity, _encoded(self._encoder, mine, self._dimensions))",
+         "_encoded(self._encoder, mine, self._dimensions)"),
+    ),
+    mistake(
+        "a damaged vector is believed", "embedders/test_cache: flipped_bit",
+        ("embedders/cache.py", "if checksum == _checksum(key, vector):", "if True:"),
+    ),
+    mistake(
+        "encoders that differ in dimensions share vectors", "embedders/test_openai: told_apart",
+        ("embedders/openai.py", "/{config.dimensions or 'native'}/unit", "/unit"),
+    ),
+    mistake(
+        "another model behind the same name is not noticed", "embedders/test_text: another_model",
+        ("embedders/text.py", "if cosine < MIN_CANARY_COSINE:", "if False:"),
+    ),
+    mistake(
+        "white space is sent", "embedders/test_text: whitespace",
+        ("embedders/text.py", "prompt + text for text in texts if text.strip()", "prompt + text for text in texts"),
+    ),
+    mistake(
+        "a claim outlives its process", "embedders/test_cache: taken_over_at_once",
+        ("embedders/cache.py", "        _give_up(lock)\n        return True\n", "        return False\n"),
+    ),
+    mistake(
+        "a living process is taken for dead", "embedders/test_cache: claimed_by_one",
+        ("embedders/cache.py", "        except Timeout:\n            return False\n",
+         "        except Timeout:\n            return True\n"),
+    ),
+    mistake(
+        "the cap is not looked at", "embedders/test_cache: reserving_stops",
+        ("embedders/cache.py", "if self._cap is not None and spent + nano_usd > self._cap:", "if False:"),
+    ),
+    mistake(
+        "the cap is looked at before the others' turn", "embedders/test_cache: no_number_of_processes",
+        ("embedders/cache.py",
+         "        with self._store._transaction(durable=True):\n            spent = self._sum()\n",
+         "        spent = self._sum()\n        time.sleep(0.01)\n"
+         "        with self._store._transaction(durable=True):\n"),
+    ),
+    mistake(
+        "money is set aside after the call", "embedders/test_openai: set_aside",
+        ("embedders/openai.py", "        entry = self.ledger.reserve(bound)\n", ""),
+        ("embedders/openai.py", "        vectors = _checked(reply",
+         "        entry = self.ledger.reserve(bound)\n        vectors = _checked(reply"),
+    ),
+    mistake(
+        "a reply that was lost counts as free", "embedders/test_openai: survived and black_hole",
+        ("embedders/openai.py", "if isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout):",
+         "if True:"),
+    ),
+    mistake(
+        "four bytes are a token", "embedders/test_openai: set_aside",
+        ("embedders/openai.py", "return len(_cut(text).encode()) + MARKS",
+         "return len(_cut(text).encode()) // 4 + MARKS"),
+    ),
+    mistake(
+        "keys in messages", "embedders/test_openai: key_is_in_no_error",
+        ("secrets.py", 'text = text.replace(secret, f"[{name}]")', "pass"),
+    ),
+    mistake(
+        "the key over plain http", "embedders/test_openai: not_sent_in_the_clear",
+        ("embedders/openai.py", "    if _is_in_the_clear(url):\n        if key:", "    if False:\n        if key:"),
+    ),
+    mistake(
+        "files of this machine are sent unasked", "embedders/test_openai: only_with_consent",
+        ("embedders/openai.py", "if network.private_text and not is_loopback", "if False and not is_loopback"),
+    ),
+    mistake(
+        "private addresses are connected to", "test_network: private_addresses",
+        ("network.py", "if not _is_public(address):", "if False:"),
+    ),
+    mistake(
+        "the name is resolved again behind the check", "test_network: checked_address",
+        ("network.py", "url.copy_with(host=address)", "url"),
+    ),
+    mistake(
+        "redirects lead anywhere", "test_network: redirect_elsewhere",
+        ("network.py", "if not at_home and not (", "if False and not ("),
+    ),
+    mistake(
+        "--offline connects", "test_network: offline_opens_no_connection",
+        ("network.py", "        if self._network.config.offline:", "        if False:"),
+    ),
+    mistake(
+        "a reply may drip for ever", "embedders/test_openai: never_ends and slow",
+        ("network.py", "if left <= 0:", "if False:"),
+        ("network.py", "left if timeout is None else min(timeout, left)", "timeout"),
+    ),
 )  # fmt: skip
 
 
 def copy_tree(target: Path) -> None:
-    """Copy what the law tests need."""
+    """Copy what the tests need."""
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
@@ -255,7 +356,9 @@ def apply(mutation: Mutation, tree: Path) -> None:
 def warm_up() -> None:
     """Import everything slow that is not the package, so that forks find it done."""
     import accelerate  # noqa: F401
+    import httpx2  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
+    import openai  # noqa: F401
     import peft  # noqa: F401
     import scipy.stats  # noqa: F401
     import syntok.segmenter  # noqa: F401
@@ -265,8 +368,8 @@ def warm_up() -> None:
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
 
-def start_tests(tree: Path, expression: str) -> int:
-    """Fork; run the selected law tests on a copy in the child, its output in a file beside; return the child's id."""
+def start_tests(tree: Path, file: str, expression: str) -> int:
+    """Fork; run selected tests of a file on a copy in the child, its output in a file beside; return the child's id."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -284,7 +387,7 @@ def start_tests(tree: Path, expression: str) -> int:
 
         quiet = ["-q", "-x", "--tb=no", "-p", "no:cacheprovider", f"--basetemp={tree}-tmp"]
         quiet += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins may be imported already
-        code = int(pytest.main([*quiet, "tests/test_laws.py", "-k", expression]))
+        code = int(pytest.main([*quiet, file, "-k", expression]))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -332,16 +435,17 @@ def main() -> int:
             trees[tree] = mutation
 
         warm_up()
-        needed = " or ".join(f"({tests})" for tests in sorted({m.tests for m in chosen}))
-        _, code, said = wait_for({start_tests(pristine, needed): pristine})
-        print(f"{'unchanged':55} {'passes' if code == 0 else 'FAILS'}   {said}", flush=True)
-        if code != 0:
-            return 1
+        for file in sorted({m.file for m in chosen}):
+            needed = " or ".join(f"({tests})" for tests in sorted({m.tests for m in chosen if m.file == file}))
+            _, code, said = wait_for({start_tests(pristine, file, needed): pristine})
+            print(f"{'unchanged ' + file:55} {'passes' if code == 0 else 'FAILS'}   {said}", flush=True)
+            if code != 0:
+                return 1
         waiting, children = list(trees), {}
         while waiting or children:
             while waiting and len(children) < options.jobs:
                 tree = waiting.pop(0)
-                children[start_tests(tree, trees[tree].tests)] = tree
+                children[start_tests(tree, trees[tree].file, trees[tree].tests)] = tree
             tree, code, said = wait_for(children)
             mutation = trees[tree]
             if code != 1:  # 1: tests ran and some failed; anything else is not a verdict

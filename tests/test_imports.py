@@ -147,6 +147,8 @@ for arguments in ([], ["--help"], ["--version"], ["config"], ["evaluate", "--hel
 import attention_guided_rl
 public = [name for name in attention_guided_rl.__all__ if name not in vars(attention_guided_rl)]
 loaded["import"] = [name for name in heavy if name in sys.modules]
+import attention_guided_rl.embedders
+loaded["embedders"] = [name for name in ("openai", "sentence_transformers") if name in sys.modules]
 
 # What other libraries do when they are imported is theirs; ours come after all of them.
 outside = json.loads(sys.argv[2])
@@ -183,6 +185,10 @@ def probe() -> dict:
 @pytest.mark.parametrize("command", ["", "--help", "--version", "config", "evaluate --help", "import"])
 def test_what_needs_no_model_does_not_wait_for_torch(probe, command):
     assert probe["loaded"][command] == []
+
+
+def test_only_who_uses_an_embedder_waits_for_its_library(probe):
+    assert probe["loaded"]["embedders"] == []
 
 
 def test_importing_opens_no_connection_and_writes_no_file(probe):

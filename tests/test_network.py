@@ -363,6 +363,31 @@ def test_reply_that_cannot_be_unpacked_is_an_error_of_the_server(server, data, e
         get(server.url)
 
 
+def test_a_word_is_said_once_the_waiting_gets_long(caplog):
+    network = make(backoff_s=0.001, deadline_s=600)
+    attempt = Failing(network, 6, 2.0)  # waits of 2 s: the third makes it 6 s
+
+    network.retry("rain", attempt)
+    assert [record.getMessage() for record in caplog.records] == ["rain: it rains; trying again for up to 596 s"]
+    assert len(attempt.waits) == 6
+    network.retry("hail", Failing(network, 2, 2.0))
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("deadline_s", [0.2, 5.0])
+def test_a_request_within_a_repetition_ends_at_its_deadline(server, deadline_s):
+    """Whether the connection is new or was kept from the request before; and the next request has its own time."""
+    network = make(timeout_s=0.1 if deadline_s == 5.0 else 30.0, deadline_s=deadline_s)
+    server.faults = [None, fake.drip(0.02)]
+    with network.client(server.url, trusted=True) as client:
+        network.retry("rain", lambda: client.get(server.url))
+        began = time.monotonic()
+        with pytest.raises(httpx2.ReadTimeout):
+            network.retry("rain", lambda: client.get(server.url))
+        assert time.monotonic() - began < 0.8
+        assert client.get(server.url).status_code == 200
+
+
 @pytest.mark.parametrize("fault", [fake.silence, fake.drip(0.02)], ids=["silence", "drip"])
 def test_slow_reply_is_given_up(server, fault):
     server.faults = [fault]

@@ -3,21 +3,27 @@
 import json
 import os
 import re
+import signal
 import socket
-import subprocess
-import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fake_embeddings import KEY, TRANSIENT, EmbeddingServer
+from accelerate import PartialState
+from fake_embeddings import KEY, TRANSIENT, EmbeddingServer, Request
 from fake_mediawiki import FakeMediaWiki, Page, reset, status
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attention_guided_rl import runs
 from attention_guided_rl.cli import main
 from attention_guided_rl.config_files import load_config
+from attention_guided_rl.embedders.text import CANARIES
 
 UPDATES = 4
 SMALL = (
@@ -34,10 +40,21 @@ TEXT = "\n\n".join(
 
 
 class Quiet(EmbeddingServer):
-    """The service without noise, so that two runs can be compared bit for bit."""
+    """The service without noise, so that two runs can be compared bit for bit; it can be stopped at a text."""
+
+    held: frozenset[str] = frozenset()
+    """Who asks for one of these texts gets no answer until `go`."""
 
     def noise(self, number: int, shape: tuple[int, ...]) -> np.ndarray:
+        if self.held & set(self.requests[number].texts):
+            self.reached.set()
+            self.go.wait(60)
         return np.zeros(shape)
+
+    def reset(self) -> None:
+        self.key, self.faults, self.probability, self.seed, self.script = KEY, TRANSIENT, 0.0, 0, []
+        self.requests, self.billed_tokens, self.billed_usd, self.hang_s = [], 0, 0.0, 0.6
+        self.held, self.reached, self.go = frozenset(), threading.Event(), threading.Event()
 
 
 @pytest.fixture(scope="module")
@@ -55,40 +72,89 @@ def chat_model(tmp_path_factory, chat_tokenizer) -> Path:
     return folder
 
 
-@pytest.fixture
-def wiki():
+@pytest.fixture(scope="module")
+def servers():
     pages = {"Elmbrook": Page(TEXT, revision=77), "Elm Brook": Page(redirect="Elmbrook")}
-    with FakeMediaWiki(pages) as server:
-        yield server
+    with FakeMediaWiki(pages) as wiki, Quiet() as service:
+        yield wiki, service
 
 
 @pytest.fixture
-def service(monkeypatch):
+def wiki(servers):
+    servers[0].requests.clear()
+    servers[0].faults[:] = []
+    return servers[0]
+
+
+@pytest.fixture
+def service(servers, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with Quiet() as server:
-        server.hang_s = 0.6
-        yield server
+    servers[1].reset()
+    return servers[1]
 
 
-@pytest.fixture
-def agrl(chat_model, wiki, service, tmp_path, monkeypatch, capfd):
+@pytest.fixture(scope="module")
+def arguments(chat_model, servers):
     """Return the command `agrl train` with the preset `original`: name, cache, further arguments."""
-    monkeypatch.chdir(tmp_path)
 
-    def arguments(name: str, cache: str, *more: str) -> list[str]:
+    def make(name: str, cache: Path, *more: str) -> list[str]:
         return [
             *("train", "--preset", "original", "--run", name, "--corpus.title", "Elm Brook", *SMALL),
-            *("--model.name", str(chat_model), "--corpus.site", wiki.url, "--embedder.base-url", service.url),
-            *("--network.cache", str(tmp_path / cache), "--corpus.requests-per-second", "100", *more),
+            *("--model.name", str(chat_model), "--corpus.site", servers[0].url, "--embedder.base-url", servers[1].url),
+            *("--network.cache", str(cache), "--corpus.requests-per-second", "100", *more),
         ]
 
-    def train(name: str, cache: str, *more: str) -> tuple[int, str]:
-        code = main(arguments(name, cache, *more))
+    return make
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing disturbed, and all that it asked."""
+
+    folder: Path
+    cache: Path
+    requests: list[Request]
+    num_pages: int
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, servers, tmp_path_factory) -> Whole:
+    wiki, service = servers
+    folder = tmp_path_factory.mktemp("whole")
+    service.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", KEY)
+        assert main(arguments("whole", folder / "cache", "--runs-folder", str(folder))) == 0
+    return Whole(folder / "whole", folder / "cache", list(service.requests), len(wiki.requests))
+
+
+@pytest.fixture
+def agrl(arguments, whole, wiki, service, tmp_path, monkeypatch, capfd):
+    """Return what runs that command here: name, cache, further arguments; its exit code and what it said."""
+    monkeypatch.chdir(tmp_path)
+
+    def train(name: str, cache: Path | str, *more: str) -> tuple[int, str]:
+        code = main(arguments(name, tmp_path / cache, *more))
         out, err = capfd.readouterr()
         return code, out + err
 
-    train.arguments = arguments
     return train
+
+
+def forked(arguments: list[str], **environment: str) -> int:
+    """Start the command in a copy of this process, which has imported everything; return its id."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the server's threads stay behind, where they are wanted
+        child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.environ.update(environment, OMP_NUM_THREADS="1")  # or the processes fight for the cores
+        PartialState._reset_state()
+        code = main(arguments)
+    finally:
+        os._exit(code)
 
 
 def lines(path: Path) -> list[dict]:
@@ -110,10 +176,8 @@ def outcome(run: Path) -> tuple:
     )
 
 
-def test_the_original_experiment_over_loopback_services(agrl, wiki, service, tmp_path):
-    code, shown = agrl("a", "cache")
-    assert code == 0, shown
-    run, first = tmp_path / "runs" / "a", list(service.requests)
+def test_the_original_experiment_over_loopback_services(agrl, whole, wiki, service, tmp_path):
+    run, first = whole.folder, whole.requests
     pairs, trajectories = lines(run / "pairs.jsonl"), lines(run / "trajectories.jsonl")
 
     keys = [pair["key"] for pair in pairs]
@@ -136,39 +200,35 @@ def test_the_original_experiment_over_loopback_services(agrl, wiki, service, tmp
     one_a_step = UPDATES * steps + 7 * steps  # six arms write queries, and nearest_key looks up values besides
     assert len(first) <= 1 + 2 + one_a_step  # and canaries, keys, calibration
 
-    asked = len(wiki.requests)
-    assert agrl("b", "cache")[0] == 0
-    assert len(wiki.requests) == asked
-    again = service.requests[len(first) :]
-    assert [request.texts for request in again] == [first[0].texts]  # the canaries, asked for at every start
+    assert whole.num_pages > 0
+    assert agrl("b", whole.cache)[0] == 0
+    assert wiki.requests == []
+    again = [request.texts for request in service.requests]
+    assert again == [first[0].texts]  # the canaries, asked for at every start
     assert outcome(tmp_path / "runs" / "b") == outcome(run)
 
-    assert agrl("c", "cache", "--offline")[0] == 0
-    assert len(service.requests) == len(first) + 1
+    assert agrl("c", whole.cache, "--offline")[0] == 0
+    assert len(service.requests) == 1
     assert outcome(tmp_path / "runs" / "c") == outcome(run)
 
 
-def test_faults_of_both_services_change_no_bit_and_the_cap_holds(agrl, wiki, service, tmp_path):
-    assert agrl("quiet", "cache-1")[0] == 0
-    batches = len(service.requests)
-    service.requests.clear()
-    service.faults, service.probability, service.seed, service.billed_usd = TRANSIENT, 0.3, 3, 0.0
+def test_faults_of_both_services_change_no_bit_and_the_cap_holds(agrl, whole, wiki, service, tmp_path):
+    batches = len(whole.requests)
+    service.probability, service.seed = 0.3, 3
     wiki.faults[:] = [status(503), None, reset]
     code, shown = agrl(
         *("faulty", "cache-2", "--network.timeout-s", "0.3", "--embedder.usd-per-million-tokens", "0.1"),
         *("--embedder.max-usd", "0.05"),
     )
     assert code == 0, shown
-    assert outcome(tmp_path / "runs" / "faulty") == outcome(tmp_path / "runs" / "quiet")
+    assert outcome(tmp_path / "runs" / "faulty") == outcome(whole.folder)
     assert len(service.requests) <= 1.6 * batches
     assert sum(request.fault is not None for request in service.requests) > 0.2 * batches
     spent = float(re.search(r"embeddings of this run: ([\d.]+) USD", shown)[1])
     assert service.billed_usd <= spent <= 0.05
 
 
-def test_a_cap_stops_the_run_before_it_is_passed_and_raising_it_goes_on(agrl, service, tmp_path):
-    assert agrl("whole", "cache-1")[0] == 0
-    service.billed_usd = 0.0
+def test_a_cap_stops_the_run_before_it_is_passed_and_raising_it_goes_on(agrl, whole, service, tmp_path):
     service.faults, service.probability = ("no_usage",), 1.0  # so that a byte counts as a token
     price = ("--embedder.usd-per-million-tokens", "0.1", "--training.checkpoint-every", "1")
     code, shown = agrl("capped", "cache-2", *price, "--embedder.max-usd", "0.00014")
@@ -178,25 +238,52 @@ def test_a_cap_stops_the_run_before_it_is_passed_and_raising_it_goes_on(agrl, se
     assert "agrl train --run capped --resume" in shown
     code = main(["train", "--run", "capped", "--resume", "--embedder.max-usd", "1"])
     assert code == 0
-    assert outcome(tmp_path / "runs" / "capped") == outcome(tmp_path / "runs" / "whole")
+    assert outcome(tmp_path / "runs" / "capped") == outcome(whole.folder)
 
 
-def test_two_processes_share_what_they_fetch_and_read_as_one(agrl, wiki, service, tmp_path):
-    two_articles = ("--rollout.articles", "2", "--evaluation.articles", "0")
+def test_a_run_that_is_killed_while_it_waits_for_vectors_goes_on_as_if_nothing_had_happened(
+    agrl, arguments, whole, service, tmp_path, capfd
+):
+    """Killed twice, in training and in evaluation, each time with a request under way, which is then answered."""
+    written = lines(whole.folder / "trajectories.jsonl")
+    training = {query for t in written if t.get("update") == 3 and t["phase"] == "train" for query in t["queries"]}
+    evaluation = {query for t in written if t["phase"] == "evaluation" for query in t["queries"]}
+    known = {query for t in written if t["phase"] == "train" for query in t["queries"]}
+    price = ("--embedder.usd-per-million-tokens", "0.1", "--embedder.max-usd", "0.01")
+    command = arguments("killed", tmp_path / "cache", *price, "--training.checkpoint-every", "1")
+    resume = ["train", "--run", "killed", "--resume"]
+    under_way = []
+    for held in (training, evaluation - known):
+        service.held, service.reached, service.go = frozenset(held), threading.Event(), threading.Event()
+        child = forked(command)
+        assert service.reached.wait(60)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        under_way += service.requests[-1].texts
+        service.held = frozenset()
+        service.go.set()
+        command = resume
+    began = time.monotonic()
+    assert main(resume) == 0
+    assert time.monotonic() - began < 20  # a claim lasts 20 minutes, if its owner lives
+    shown = capfd.readouterr().out
+    assert outcome(tmp_path / "runs" / "killed") == outcome(whole.folder)
+    asked = Counter(text for request in service.requests for text in request.texts if text not in CANARIES)
+    assert {text for text, times in asked.items() if times > 1} == set(under_way)
+    assert max(asked.values()) == 2
+    assert set(asked) == {text for request in whole.requests for text in request.texts} - set(CANARIES)
+    spent = float(re.search(r"embeddings of this run: ([\d.]+) USD", shown)[1])
+    assert 0 < service.billed_usd <= spent <= 0.01
+
+
+def test_two_processes_share_what_they_fetch_and_read_as_one(agrl, arguments, wiki, service, tmp_path):
+    two_articles = ("--rollout.articles", "2", "--evaluation.articles", "0", "--training.updates", "2")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "attention_guided_rl", *agrl.arguments("two", "cache-2", *two_articles)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), **place},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in started:
-        said = process.communicate(timeout=100)[0]
-        assert process.returncode == 0, said
+    command = arguments("two", tmp_path / "cache-2", *two_articles)
+    for child in [forked(command, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(2)]:
+        assert os.waitpid(child, 0)[1] == 0
     texts = [text for request in service.requests for text in request.texts]
     assert len(texts) == len(set(texts))
     assert len(wiki.requests) == len({json.dumps(request.query) for request in wiki.requests})

@@ -6,15 +6,17 @@ What a user names (a server on this machine, say) is trusted; an address that ca
 
 import email.utils
 import ipaddress
+import logging
+import math
 import os
 import socket
 import time
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 import tenacity
@@ -26,6 +28,8 @@ MAX_REPLY = 2**26  # bytes, unpacked
 MAX_RETRY_AFTER = 120.0  # seconds; a server that asks for more is as good as closed
 MAX_BACKOFF = 30.0  # seconds between repetitions
 CONNECT_TIMEOUT = 5.0  # seconds
+SILENCES = 4  # a reply may take this many times the longest silence
+QUIET_WAIT = 5.0  # seconds of waiting before a word is said about it
 WIKIMEDIA = (
     *("wikipedia.org", "wikimedia.org", "wikibooks.org", "wikinews.org", "wikiquote.org", "wikisource.org"),
     *("wikiversity.org", "wikivoyage.org", "wiktionary.org", "wikidata.org", "mediawiki.org"),
@@ -35,6 +39,7 @@ _PIECE = 2**16  # bytes unpacked at once
 _EMBEDDING = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b::/96")))  # they end in an IPv4 address
 _LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
 
+logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
@@ -56,6 +61,8 @@ class Network:
         self.private_text = private_text
         """Whether the articles are files of this machine, which may be nobody else's business."""
         self.sleep: Callable[[float], None] = time.sleep
+        self.until = math.inf
+        """When a request that `retry` has begun must be over, whatever it has read by then (time.monotonic)."""
 
     def cache(self, name: str) -> Path:
         """Return the path of a file or folder in the cache; the cache is readable by this user only."""
@@ -82,7 +89,7 @@ class Network:
         """
         home = web_address(address)
         return httpx2.Client(
-            transport=_GuardedTransport(home, trusted, redirects_to, self.config),
+            transport=_GuardedTransport(home, trusted, redirects_to, self),
             headers={"User-Agent": self._user_agent(), "Accept-Encoding": "gzip"},
             timeout=httpx2.Timeout(self.config.timeout_s, connect=CONNECT_TIMEOUT),
             follow_redirects=True,
@@ -90,7 +97,7 @@ class Network:
         )
 
     def retry(self, service: str, attempt: Callable[[], Result]) -> Result:
-        """Call `attempt` until it raises no Transient, with growing random waits.
+        """Call `attempt` until it raises no Transient, with growing random waits. Says so if it takes long.
 
         Raises:
             RemoteError: the deadline would pass before the next repetition; names the service and the last cause.
@@ -102,13 +109,28 @@ class Network:
             named = error.retry_after if isinstance(error, Transient) else None
             return max(named or 0.0, backoff(state))  # some servers ask for 0 seconds, again and again
 
+        said = False
+
+        def say_what_is_waited_for(state: tenacity.RetryCallState) -> None:
+            nonlocal said
+            waited = max(
+                state.idle_for, (state.seconds_since_start or 0.0) + state.upcoming_sleep
+            )  # this wait included
+            if not said and waited >= QUIET_WAIT:
+                said = True
+                cause = state.outcome.exception() if state.outcome else None
+                left = self.config.deadline_s - waited + state.upcoming_sleep
+                logger.warning("%s: %s; trying again for up to %.0f s", service, cause, left)
+
         stop_early = tenacity.stop_before_delay(self.config.deadline_s)
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Transient),
             wait=wait,
             stop=lambda state: stop_early(state) or state.upcoming_sleep > MAX_RETRY_AFTER,
+            before_sleep=say_what_is_waited_for,
             sleep=lambda seconds: self.sleep(seconds),
         )
+        self.until = time.monotonic() + self.config.deadline_s
         try:
             return retrying(attempt)
         except tenacity.RetryError as error:
@@ -116,6 +138,8 @@ class Network:
             asked = getattr(last, "retry_after", None)
             asked = f"; it asks to wait {asked:.0f} s" if asked else ""
             raise RemoteError(f"{service}: gave up after {tries} attempts: {last}{asked}") from last
+        finally:
+            self.until = math.inf
 
     def _user_agent(self) -> str:
         contact = self.config.contact or "set network.contact to say who you are"
@@ -184,30 +208,50 @@ def retry_after(headers: httpx2.Headers) -> float | None:
 
 
 class _GuardedTransport(httpx2.BaseTransport):
-    """Opens a connection only where it may go, to the very address that was checked."""
+    """Opens a connection only where it may go, to the very address that was checked, and never waits for ever."""
 
-    def __init__(self, home: httpx2.URL, trusted: bool, redirects_to: tuple[str, ...], config: NetworkConfig) -> None:
-        self._home, self._trusted, self._redirects_to, self._config = home, trusted, redirects_to, config
+    def __init__(self, home: httpx2.URL, trusted: bool, redirects_to: tuple[str, ...], network: Network) -> None:
+        self._home, self._trusted, self._redirects_to, self._network = home, trusted, redirects_to, network
+        self._until = math.inf
         self._direct = httpx2.HTTPTransport(trust_env=True)
         self._proxies = _proxies()
         self._proxied: dict[str, httpx2.HTTPTransport] = {}
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         url = request.url
-        if self._config.offline:
+        if self._network.config.offline:
             raise RemoteError(f"--offline: refused to connect to {url.host}")
         at_home = (url.scheme, url.host, url.port) == (self._home.scheme, self._home.host, self._home.port)
         if not at_home and not (url.scheme == "https" and _ends_in(url.host, self._redirects_to)):
             raise UnsafeError(f"{self._home.host} redirects to {url.scheme}://{url.host}; refused")
+        self._until = min(time.monotonic() + SILENCES * self._network.config.timeout_s, self._network.until)
+        request.extensions = {**request.extensions, "trace": self._bound}
         response = self._send(request, check=not (at_home and self._trusted))
         encoding = response.headers.pop("content-encoding", "").lower() or "identity"
         if encoding not in ("identity", "gzip"):  # not asked for; nested ones can unpack a thousandfold each
             response.close()
             raise httpx2.RemoteProtocolError("the reply is in an encoding that was not asked for")
         if isinstance(response.stream, httpx2.SyncByteStream):
-            until = time.monotonic() + 4 * self._config.timeout_s
-            response.stream = _BoundedStream(response.stream, until, gzipped=encoding == "gzip")
+            response.stream = _BoundedStream(response.stream, gzipped=encoding == "gzip")
         return response
+
+    def _bound(self, event: str, info: Mapping[str, Any]) -> None:
+        """Bound all that is read from and written to a new connection by the time that its request has left.
+
+        The client's own timeouts are for each read: a reply that comes byte by byte would never exceed them.
+        """
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            stream = info["return_value"]
+            stream.read, stream.write = self._in_time(stream.read), self._in_time(stream.write)
+
+    def _in_time(self, transfer: Callable[..., Any]) -> Callable[..., Any]:
+        def bounded(what: int | bytes, timeout: float | None = None) -> Any:
+            left = self._until - time.monotonic()
+            if left <= 0:
+                raise httpx2.ReadTimeout("the reply comes too slowly")
+            return transfer(what, left if timeout is None else min(timeout, left))
+
+        return bounded
 
     def _send(self, request: httpx2.Request, *, check: bool) -> httpx2.Response:
         url = request.url
@@ -245,10 +289,10 @@ class _GuardedTransport(httpx2.BaseTransport):
 
 
 class _BoundedStream(httpx2.SyncByteStream):
-    """The body of a reply, unpacked here; refused when it is too long, comes too slowly or is cut off."""
+    """The body of a reply, unpacked here; refused when it is too long or cut off."""
 
-    def __init__(self, stream: httpx2.SyncByteStream, until: float, *, gzipped: bool) -> None:
-        self._stream, self._until, self._gzipped = stream, until, gzipped
+    def __init__(self, stream: httpx2.SyncByteStream, *, gzipped: bool) -> None:
+        self._stream, self._gzipped = stream, gzipped
 
     def __iter__(self) -> Iterator[bytes]:
         size = 0
@@ -256,8 +300,6 @@ class _BoundedStream(httpx2.SyncByteStream):
             size += len(piece)
             if size > MAX_REPLY:
                 raise httpx2.ReadError(f"the reply is longer than {MAX_REPLY} bytes")
-            if time.monotonic() > self._until:
-                raise httpx2.ReadTimeout("the reply comes too slowly")
             yield piece
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """The vector store and the ledger: what is stored stays, nothing is computed twice, no cap is passed."""
 
+import gc
 import itertools
 import logging
 import os
@@ -11,6 +12,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 
 import attention_guided_rl
 from attention_guided_rl.config import NetworkConfig
+from attention_guided_rl.embedders import text as text_module
 from attention_guided_rl.embedders.cache import NANO, Ledger, VectorStore
 from attention_guided_rl.embedders.text import CANARIES, STORE, TextEmbedder
 from attention_guided_rl.errors import SpendError, StorageError
@@ -115,7 +118,7 @@ time.sleep(60)
     assert found.tobytes() == vector(0.1, 0.2).tobytes()
 
 
-def test_put_returns_when_the_disk_has_the_vector(path, start, tmp_path):
+def test_reserve_and_put_return_when_the_disk_has_it(path, start, tmp_path):
     """A killed process proves nothing about the disk, so the order of its system calls is read."""
     trace = tmp_path / "trace"
     under = ("strace", "-f", "-s", "8", "-e", "trace=openat,write,pwrite64,fsync,fdatasync", "-o", str(trace))
@@ -124,21 +127,31 @@ def test_put_returns_when_the_disk_has_the_vector(path, start, tmp_path):
     script = """
 import numpy as np
 store = VectorStore(Path("vectors.sqlite"))
-os.write(1, b"before\\n")
+ledger = Ledger(store, "run", None)
+ledger.reserve(5)
+os.write(1, b"claim\\n")
+store.claim("model", ["ant"], 60)
+os.write(1, b"reserve\\n")
+entry = ledger.reserve(100)
+os.write(1, b"settle\\n")
+ledger.settle(entry, 50)
+os.write(1, b"put\\n")
 store.put("model", {"ant": np.zeros(1536, np.float32)})
-os.write(1, b"after\\n")
+os.write(1, b"end\\n")
 """
     process = start(script, under=under)
-    assert process.communicate(timeout=60)[0] == "before\nafter\n"
+    steps = ["claim", "reserve", "settle", "put", "end"]
+    assert process.communicate(timeout=60)[0].split() == steps
     calls = [line.split(maxsplit=1)[1] for line in trace.read_text(encoding="utf-8").splitlines()]
-    first = next(i for i, call in enumerate(calls) if call.startswith('write(1, "before'))
-    last = next(i for i, call in enumerate(calls) if call.startswith('write(1, "after'))
+    begins = [next(i for i, call in enumerate(calls) if call.startswith(f'write(1, "{step}')) for step in steps]
     (log,) = {m[1] for call in calls if (m := re.match(r'openat\(.*vectors\.sqlite-wal".*= (\d+)', call))}
-    writes = [i for i in range(first, last) if calls[i].startswith(f"pwrite64({log},")]
-    flushes = [i for i in range(first, last) if re.match(rf"(fsync|fdatasync)\({log}\) += 0", calls[i])]
-    assert len(writes) >= 2  # 6,144 bytes do not fit into one page
-    assert flushes
-    assert flushes[-1] > writes[-1]
+    flushes = {}
+    for step, first, last in zip(steps, begins, begins[1:], strict=False):
+        writes = [i for i in range(first, last) if calls[i].startswith(f"pwrite64({log},")]
+        found = [i for i in range(first, last) if re.match(rf"(fsync|fdatasync)\({log}\) += 0", calls[i])]
+        assert writes
+        flushes[step] = len([i for i in found if i > writes[-1]])
+    assert flushes == {"claim": 0, "reserve": 1, "settle": 0, "put": 1}  # two a call, which are all that matter
 
 
 def test_the_first_vector_of_a_text_is_the_only_one(path):
@@ -336,20 +349,80 @@ os._exit(0)
         assert sorted(itertools.chain(*logs)) == sorted(f"text {i}" for i in range(120)), identity
 
 
-def test_the_texts_of_a_killed_process_are_taken_over(start, answered):
+def claims(path: Path) -> int:
+    database = sqlite3.connect(path)
+    try:
+        return database.execute("SELECT COUNT(*) FROM claims").fetchone()[0]
+    finally:
+        database.close()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("moment", ["before the store is opened", "while its texts are waited for"])
+def test_the_texts_of_a_killed_process_are_taken_over_at_once(start, answered, moment, monkeypatch, caplog):
+    """Its claims last an hour, and its other process lives on."""
     script = """
-VectorStore(Path(sys.argv[1])).claim("killed", [f"text {i}" for i in range(4)], seconds=1.0)
+store = VectorStore(Path(sys.argv[1]))
+store.claim("killed", [f"text {i}" for i in map(int, sys.argv[2:])], seconds=3600)
 say("claimed")
 time.sleep(60)
 """
-    kill_after(start(script, answered / STORE), "claimed")
+    alive, killed = start(script, answered / STORE, 4), start(script, answered / STORE, 0, 1, 2, 3)
+    assert alive.stdout.readline() == killed.stdout.readline() == "claimed\n"
+    if moment == "before the store is opened":
+        killed.kill()
+        killed.wait()
     encoder = Known()
-    network = Network(NetworkConfig(cache=answered, deadline_s=0.5))
-    embedder = TextEmbedder(encoder, network, lambda ids: f"text {ids[0]}")
+    embedder = TextEmbedder(encoder, Network(NetworkConfig(cache=answered)), lambda ids: f"text {ids[0]}")
+    monkeypatch.setattr(text_module, "QUIET_WAIT", 0.1)
+    timer = threading.Timer(0.3, killed.kill)
+    timer.start()
     began = time.monotonic()
     embedder.embed_keys(torch.arange(4)[:, None], torch.ones(4, 1, dtype=torch.bool))
     assert time.monotonic() - began < 2.0
     assert encoder.texts == ["text 0", "text 1", "text 2", "text 3"]
+    waited = ["waiting for 4 texts that another process is having embedded"]
+    assert [record.getMessage() for record in caplog.records] == (waited if moment.startswith("while") else [])
+    assert claims(answered / STORE) == 1
+    assert VectorStore(answered / STORE).claim("killed", ["text 4"], 60) == []  # who lives keeps his
+    timer.join()
+
+
+def test_what_is_left_of_the_dead_is_removed_when_a_store_is_opened(path, start, tmp_path):
+    script = """
+store = VectorStore(Path("vectors.sqlite"))
+store.claim("model", ["ant", "bee"], 3600)
+say("claimed")
+time.sleep(60)
+"""
+    kill_after(start(script), "claimed")
+    assert claims(path) == 2
+    VectorStore(path)
+    assert claims(path) == 0
+    assert list((tmp_path / "vectors.owners").iterdir()) == []
+
+
+def test_a_claim_whose_owner_has_no_file_is_free(path):
+    """As after the removal of all but the store itself; and a name of an owner never leads out of the folder."""
+    store = VectorStore(path)
+    store.claim("model", ["ant", "bee"], 3600)
+    victim = path.with_name("victim")
+    victim.touch()
+    names = ("gone", "../victim")
+    for text, name in zip(("ant", "bee"), names, strict=True):
+        key = store._db.execute("SELECT key FROM claims WHERE owner = ?", (store._owner,)).fetchone()
+        store._db.execute("UPDATE claims SET owner = ? WHERE key = ?", (name, *key))
+        assert text in VectorStore(path).claim("model", ["ant", "bee"], 3600)
+    assert victim.exists()
+
+
+def test_a_store_that_is_let_go_leaves_no_claim_behind(path, tmp_path):
+    one = VectorStore(path)
+    one.claim("model", ["ant"], 3600)
+    assert len(list((tmp_path / "vectors.owners").iterdir())) == 1
+    del one
+    gc.collect()
+    assert VectorStore(path).claim("model", ["ant"], 60) == ["ant"]
 
 
 # ---- the file ----
@@ -361,12 +434,15 @@ def test_the_cache_is_for_its_user_only(tmp_path):
     try:
         store = VectorStore(network.cache(STORE))
         store.put("model", {"ant": vector(1)})
+        store.claim("model", ["bee"], 60)
     finally:
         os.umask(before)
     folder = tmp_path / "new" / "cache"
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert modes == dict.fromkeys((STORE, f"{STORE}-wal", f"{STORE}-shm", "embeddings.lock"), 384)
+    assert modes.pop("embeddings.owners") == 0o700
+    assert modes == dict.fromkeys((STORE, f"{STORE}-wal", f"{STORE}-shm", "embeddings.lock"), 0o600)
+    assert [stat.S_IMODE(file.stat().st_mode) for file in (folder / "embeddings.owners").iterdir()] == [0o600]
 
 
 def write_text(path: Path) -> None:
@@ -397,12 +473,12 @@ def test_processes_that_make_the_file_at_the_same_time(tmp_path, start):
     script = """
 wait_for_go()
 for i in range(6):
-    VectorStore(Path(f"{i}.sqlite")).claim("model", [str(os.getpid())], 60)
+    VectorStore(Path(f"{i}.sqlite")).put("model", {str(os.getpid()): np.zeros(2, np.float32)})
 """
     together(tmp_path, [start(script) for _ in range(4)])
     for i in range(6):
         database = sqlite3.connect(tmp_path / f"{i}.sqlite")
-        assert database.execute("SELECT COUNT(*) FROM claims").fetchone() == (4,)
+        assert database.execute("SELECT COUNT(*) FROM vectors").fetchone() == (4,)
         database.close()
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from attention_guided_rl.cli import main
 from attention_guided_rl.config import EmbedderConfig, NetworkConfig
 from attention_guided_rl.embedders.openai import OpenAIEmbedder
 from attention_guided_rl.embedders.sentence_transformers import (
@@ -157,6 +158,38 @@ def change(folder: Path, value: float) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["encoder.layer.0.output.dense.weight"].fill_(value)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_texts_that_are_cut_are_counted_and_said_once(original):
+    """500 letters and two marks: 512 tokens; the model's prompt is part of the text by then."""
+    encoder = load(original)
+    with pytest.warns(UserWarning, match="2 texts are longer than 512 tokens"):
+        vectors = encoder.encode(["x" * 510, "x" * 511, "é" * 300, "y" * 600])  # 300 é: 600 bytes, but 302 tokens
+    assert not np.allclose(vectors[0], vectors[3])
+    assert np.allclose(vectors[0], vectors[1])  # cut to the same
+    encoder.encode(["x" * 700])  # another warning would be an error
+    assert encoder._cut_texts.count == 3
+
+
+def test_a_preflight_notices_what_the_embedder_would(folder, network, tmp_path):
+    SentenceTransformersEmbedder.preflight(settings(folder), network)
+    with pytest.raises(ConfigError, match=r"embedder\.model: cannot load"):
+        SentenceTransformersEmbedder.preflight(settings(tmp_path / "missing"), network)
+    change(folder, 0.1)
+    with pytest.raises(CheckpointError, match="has changed"):
+        SentenceTransformersEmbedder.preflight(settings(folder), network)
+
+
+def test_a_bad_folder_is_noticed_before_the_language_model_loads(model_folder, tmp_path, capfd):
+    """The language model has no weights, which would be said if it came first."""
+    language_model = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    (language_model / "model.safetensors").unlink()
+    options = ("--model.name", str(language_model), "--runs-folder", str(tmp_path), "--embedder.device", "cpu")
+    wrong = ("--embedder.kind", "sentence_transformers", "--embedder.model", str(tmp_path / "encoder"))
+    assert main(["train", "--preset", "demo", "--run", "a", *wrong, *options]) == 2
+    assert "embedder.model" in capfd.readouterr().err
+    assert main(["train", "--preset", "demo", "--run", "a", *options]) == 2
+    assert "model.name" in capfd.readouterr().err
 
 
 def test_other_weights_under_the_same_name_are_noticed(folder, network, model):

@@ -4,20 +4,24 @@ One SQLite file serves all encoders, runs and processes of a user. A vector is o
 the first one stored for a text is the only one ever used: so a run that is killed and resumed sees the same numbers
 and pays for nothing twice, even if the service answers a little differently each time. SQLite's write-ahead log needs
 a local disk, not a network file system.
+
+Two things have to be on the disk before the next step: what is reserved, and vectors. The rest (claims, settlements,
+releases) is seen by other processes at once, but a power failure may undo it: that frees claims, whose owners are gone,
+and leaves a larger sum reserved, which is safe.
 """
 
 import contextlib
 import hashlib
 import logging
-import os
 import sqlite3
 import time
+import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from jaxtyping import Float32
 
 from attention_guided_rl.errors import SpendError, StorageError
@@ -43,7 +47,9 @@ class VectorStore:
     def __init__(self, path: Path) -> None:
         """Open or create the file; raise StorageError if it cannot be used."""
         self._path = path
-        self._owner = f"{os.getpid()}-{time.time_ns()}"
+        self._owners = path.with_suffix(".owners")
+        self._owner = uuid.uuid4().hex
+        self._lock: FileLock | None = None
         with (
             self._errors(),
             FileLock(path.with_suffix(".lock"), mode=0o600),
@@ -52,11 +58,12 @@ class VectorStore:
             weakref.finalize(self, self._db.close)
             path.chmod(0o600)
             self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")  # a commit returns when it is on the disk
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, SCHEMA):
                 raise StorageError(f"{path}: made by another version (schema {version}); set network.cache elsewhere")
             self._db.executescript(_TABLES + f"PRAGMA user_version = {SCHEMA};")
+        with self._transaction(durable=False):
+            self._forget_the_dead()
 
     def get(self, identity: str, texts: Iterable[str]) -> Vectors:
         """Return the vectors that are there. A damaged one counts as missing and is dropped."""
@@ -76,7 +83,7 @@ class VectorStore:
     def put(self, identity: str, vectors: Mapping[str, Float32[np.ndarray, " _"]]) -> Vectors:
         """Store vectors durably and give up the claims on them; return what is stored: the first of each text."""
         rows = [(_key(identity, text), np.asarray(vector, np.float32).tobytes()) for text, vector in vectors.items()]
-        with self._transaction():
+        with self._transaction(durable=True):
             for key, vector in rows:
                 values = (key, vector, _checksum(key, vector))
                 self._db.execute("INSERT OR IGNORE INTO vectors VALUES (?, ?, ?)", values)
@@ -85,29 +92,68 @@ class VectorStore:
         return stored if len(stored) == len(vectors) else self.put(identity, vectors)  # a damaged one had the place
 
     def claim(self, identity: str, texts: Sequence[str], seconds: float) -> list[str]:
-        """Return the texts that this process shall compute: neither stored nor claimed by another, for `seconds`."""
+        """Return the texts that this store shall compute: neither stored nor claimed by another.
+
+        A claim ends after `seconds`, or when its owner does: then the operating system gives up the lock on its file.
+        """
         now, mine = time.time(), []
-        with self._transaction():
+        with self._transaction(durable=False):
+            self._show_life()
+            dead: dict[str, bool] = {}
             for text in texts:
                 key = _key(identity, text)
                 if self._db.execute("SELECT 1 FROM vectors WHERE key = ?", (key,)).fetchone():
                     continue
                 claimed = self._db.execute("SELECT owner, expires FROM claims WHERE key = ?", (key,)).fetchone()
-                if claimed is None or claimed[0] == self._owner or claimed[1] < now:
+                if claimed is not None and claimed[0] not in dead:
+                    dead[claimed[0]] = claimed[0] != self._owner and self._is_dead(claimed[0])
+                if claimed is None or claimed[0] == self._owner or claimed[1] < now or dead[claimed[0]]:
                     values = (key, self._owner, now + seconds)
                     self._db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", values)
                     mine.append(text)
         return mine
 
     def release(self) -> None:
-        """Give up all claims of this process."""
-        with self._transaction():
+        """Give up all claims of this store."""
+        with self._transaction(durable=False):
             self._db.execute("DELETE FROM claims WHERE owner = ?", (self._owner,))
 
+    # Files of owners are made, looked at and removed within a transaction only, so by one process at a time.
+
+    def _show_life(self) -> None:
+        """Hold a lock on this owner's file from the first claim on."""
+        if self._lock is None:
+            self._owners.mkdir(exist_ok=True, mode=0o700)
+            self._lock = _owner_lock(self._owners / self._owner)
+            self._lock.acquire(timeout=0)
+            weakref.finalize(self, _give_up, self._lock)
+
+    def _is_dead(self, owner: str) -> bool:
+        """Return whether nobody holds the lock on an owner's file; if so, remove it."""
+        file = self._owners / owner
+        if not owner.isalnum() or not file.exists():
+            return True
+        lock = _owner_lock(file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        _give_up(lock)
+        return True
+
+    def _forget_the_dead(self) -> None:
+        """Drop the files of owners that are gone, and all claims but those of the living."""
+        for (owner,) in self._db.execute("SELECT DISTINCT owner FROM claims").fetchall():
+            if self._is_dead(owner):
+                self._db.execute("DELETE FROM claims WHERE owner = ?", (owner,))
+        for file in self._owners.glob("*"):
+            self._is_dead(file.name)
+
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Run statements as one write, alone among all processes, durable at the end."""
+    def _transaction(self, *, durable: bool) -> Iterator[None]:
+        """Run statements as one write, alone among all processes; `durable`: it is on the disk at the end."""
         with self._errors():
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -141,7 +187,7 @@ class Ledger:
         Raises:
             SpendError: it would pass the cap.
         """
-        with self._store._transaction():
+        with self._store._transaction(durable=True):
             spent = self._sum()
             if self._cap is not None and spent + nano_usd > self._cap:
                 raise SpendError(
@@ -155,7 +201,7 @@ class Ledger:
 
     def settle(self, entry: int, nano_usd: int) -> None:
         """Replace what was reserved by what was billed."""
-        with self._store._transaction():
+        with self._store._transaction(durable=False):
             self._store._db.execute("UPDATE spending SET nano_usd = ? WHERE id = ?", (nano_usd, entry))
 
     @property
@@ -167,6 +213,16 @@ class Ledger:
     def _sum(self) -> int:
         query = "SELECT COALESCE(SUM(nano_usd), 0) FROM spending WHERE account = ?"
         return int(self._store._db.execute(query, (self._account,)).fetchone()[0])
+
+
+def _owner_lock(file: Path) -> FileLock:
+    return FileLock(file, mode=0o600, thread_local=False)
+
+
+def _give_up(lock: FileLock) -> None:
+    """Remove an owner's file, then its lock: whoever finds no file takes the owner for dead, which is right by then."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def _key(identity: str, text: str) -> bytes:

@@ -13,12 +13,11 @@ from typing import Any
 
 import httpx2
 import numpy as np
-import openai
 from jaxtyping import Float32
 
 from attention_guided_rl.config import EmbedderConfig
 from attention_guided_rl.embedders.cache import NANO, Ledger, VectorStore
-from attention_guided_rl.embedders.text import STORE, TextEmbedder, check_canaries, known_dimensions
+from attention_guided_rl.embedders.text import STORE, CutTexts, TextEmbedder, check_canaries, known_dimensions
 from attention_guided_rl.errors import AgrlError, ConfigError, CredentialsError, RemoteError, SpendError, UnsafeError
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network, Transient, is_loopback, retry_after, web_address
@@ -34,6 +33,7 @@ MODELS = {  # at OpenAI: dimensions, dollars per million tokens
 _PLAIN_HEADERS = {"host", "content-type", "content-length", "accept", "accept-encoding", "connection", "user-agent"}
 MAX_TEXTS = 2048  # of a request
 MAX_TEXT_TOKENS = 8192
+MARKS = 2  # tokens that some services put around each text, such as [CLS] and [SEP]
 MAX_REQUEST_TOKENS = 300_000
 MAX_MALFORMED = 5  # unusable replies to one request; a service that gives more is broken, not busy
 
@@ -94,8 +94,11 @@ class OpenAIEncoder:
         if _is_in_the_clear(url):
             http_client.event_hooks = {"request": [_without_secrets]}
         weakref.finalize(self, http_client.close)
-        self._client = openai.OpenAI(
-            api_key=_key(url),
+        self._cut_texts = CutTexts(f"{MAX_TEXT_TOKENS - MARKS:,} bytes")
+        from openai import OpenAI  # half a second, which only this embedder has to wait
+
+        self._client = OpenAI(
+            api_key="none" if network.config.offline else _key(url),
             base_url=str(url),
             max_retries=0,  # repetition is ours: with a deadline, a ledger and checks of what came back
             timeout=httpx2.Timeout(network.config.timeout_s, connect=5.0),
@@ -123,6 +126,7 @@ class OpenAIEncoder:
             RemoteError, CredentialsError, SpendError: the service cannot be used; what came before is stored.
         """
         self._network.require_online(f"a text for {self.identity}")
+        self._cut_texts.note(sum(_cut(text) != text for text in texts))
         num_malformed = 0
 
         def attempt() -> Float32[np.ndarray, "M D"]:
@@ -139,6 +143,8 @@ class OpenAIEncoder:
 
     def _ask(self, texts: Sequence[str]) -> Float32[np.ndarray, "M D"]:
         """Send one request, with the most that it can cost set aside before."""
+        import openai
+
         bound = sum(map(max_tokens, texts)) * self._nano_usd_per_token
         entry = self.ledger.reserve(bound)
         options: dict[str, Any] = {} if self._asked_dimensions is None else {"dimensions": self._asked_dimensions}
@@ -163,7 +169,7 @@ class OpenAIEncoder:
             self.ledger.settle(entry, used * self._nano_usd_per_token)
         return vectors
 
-    def _refusal(self, error: openai.APIStatusError) -> Exception:
+    def _refusal(self, error: Any) -> Exception:
         """Return what an HTTP status other than success means."""
         status, service = error.status_code, f"{self._model} at {self.host}"
         said = redact(" ".join(str(error.message).split()))[:200]
@@ -188,14 +194,14 @@ def service_address(config: EmbedderConfig) -> httpx2.URL:
 
 
 def max_tokens(text: str) -> int:
-    """Return what no tokenizer over bytes exceeds: the number of bytes, of a text as it is sent."""
-    return min(len(text.encode()), MAX_TEXT_TOKENS)
+    """Return what no tokenizer over bytes exceeds: the number of bytes of a text as it is sent, and two marks."""
+    return len(_cut(text).encode()) + MARKS
 
 
 def _cut(text: str) -> str:
     """Return the text, or of a longer one as much as surely fits."""
-    data = text.encode()
-    return text if len(data) <= MAX_TEXT_TOKENS else data[:MAX_TEXT_TOKENS].decode(errors="ignore")
+    most, data = MAX_TEXT_TOKENS - MARKS, text.encode()
+    return text if len(data) <= most else data[:most].decode(errors="ignore")
 
 
 def _price(config: EmbedderConfig, url: httpx2.URL) -> float:

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 
 from attention_guided_rl.config import EmbedderConfig
 from attention_guided_rl.embedders.cache import VectorStore
-from attention_guided_rl.embedders.text import CANARIES, STORE, TextEmbedder, check_canaries
+from attention_guided_rl.embedders.text import CANARIES, STORE, CutTexts, TextEmbedder, check_canaries
 from attention_guided_rl.errors import ConfigError, UnsafeError
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network
@@ -26,6 +26,12 @@ class SentenceTransformersEmbedder(TextEmbedder):
         encoder = SentenceTransformersEncoder(config, offline=network.config.offline)
         check_canaries(encoder, VectorStore(network.cache(STORE)))
         super().__init__(encoder, network, model.decode)
+
+    @staticmethod
+    def preflight(config: EmbedderConfig, network: Network) -> None:
+        """Load the encoder and let it go: it is small beside the language model, which loads after it."""
+        encoder = SentenceTransformersEncoder(config, offline=network.config.offline)
+        check_canaries(encoder, VectorStore(network.cache(STORE)))
 
 
 class SentenceTransformersEncoder:
@@ -43,6 +49,8 @@ class SentenceTransformersEncoder:
         own = {role: prompts.get(role) or "" for role in ("query", "document")}
         self.query_prompt = own["query"] if config.query_prompt is None else config.query_prompt
         self.key_prompt = own["document"] if config.key_prompt is None else config.key_prompt
+        self._longest: int | None = self._model.max_seq_length
+        self._cut_texts = CutTexts(f"{self._longest} tokens")
         self.encode(CANARIES[:1])  # which checks the dimensions
 
     def batches(self, texts: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -52,12 +60,20 @@ class SentenceTransformersEncoder:
 
     def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "M D"]:
         """Encode one batch."""
+        self._cut_texts.note(sum(map(self._is_cut, texts)))
         vectors = self._model.encode(
             list(texts), prompt="", batch_size=self._batch, normalize_embeddings=True, show_progress_bar=False
         )
         if self._dimensions not in (None, vectors.shape[1]):
             raise ConfigError(f"embedder.dimensions: {self._dimensions}, but the model has {vectors.shape[1]}")
         return np.asarray(vectors, np.float32)
+
+    def _is_cut(self, text: str) -> bool:
+        longest = self._longest
+        if longest is None or len(text.encode()) + 2 <= longest:  # no tokenizer makes more of it
+            return False
+        tokenizer = self._model.tokenizer
+        return len(tokenizer(text, truncation=False, verbose=False)["input_ids"]) > longest
 
 
 def _load(config: EmbedderConfig, *, offline: bool) -> Any:

@@ -4,7 +4,9 @@ In: token ids of queries and keys. Out: unit vectors. Ids are decoded, each dist
 store, and only what is missing goes to the encoder, in as few batches as it allows. Whitespace is never sent.
 """
 
+import logging
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -19,6 +21,7 @@ from attention_guided_rl.network import Network
 
 STORE = "embeddings.sqlite"
 CLAIM_WAIT = 0.02  # seconds between looks at what another process is computing
+QUIET_WAIT = 5.0  # seconds of that before a word is said about it
 MIN_CANARY_COSINE = 0.999
 MAX_TAIL_COSINE = 0.9999  # services answer a little differently each time: about 1e-5 off
 _LONG = "The keeper of the tower counts the boats, writes the number down, and closes the book for the night; " * 4
@@ -34,6 +37,8 @@ CANARIES = (
 )
 """Texts embedded at every start: other vectors than last time mean another model under the same name. The last two
 differ only at the end, so equal vectors mean that the server cuts its input short without saying so."""
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -94,6 +99,7 @@ class TextEmbedder:
     def _vectors(self, texts: list[str]) -> dict[str, Float32[np.ndarray, " _"]]:
         """Look texts up and have the missing ones encoded; what another process is at, is waited for."""
         found = self._store.get(self.identity, texts)
+        silent_until = time.monotonic() + QUIET_WAIT
         try:
             while missing := [text for text in texts if text not in found]:
                 for batch in self._encoder.batches(missing):
@@ -102,12 +108,35 @@ class TextEmbedder:
                         found |= self._store.put(self.identity, _encoded(self._encoder, mine, self._dimensions))
                 others = [text for text in missing if text not in found]
                 found |= self._store.get(self.identity, others)
-                if any(text not in found for text in others):
+                if left := sum(text not in found for text in others):
+                    if time.monotonic() > silent_until:
+                        logger.warning("waiting for %d texts that another process is having embedded", left)
+                        silent_until = float("inf")
                     time.sleep(CLAIM_WAIT)
         except BaseException:
             self._store.release()
             raise
         return found
+
+
+class CutTexts:
+    """What an encoder leaves out of texts that are too long for it: said once, counted always."""
+
+    def __init__(self, limit: str) -> None:
+        self._limit = limit
+        self.count = 0
+
+    def note(self, num_texts: int) -> None:
+        """Count texts of which only the beginning is embedded."""
+        if num_texts and not self.count:
+            warnings.warn(
+                f"embedder: {num_texts} texts are longer than {self._limit}, and only their beginning is embedded; "
+                "more may follow, of which nothing is said",
+                stacklevel=2,
+            )
+        self.count += num_texts
+        if num_texts:
+            logger.info("%d texts cut to %s so far", self.count, self._limit)
 
 
 def _encoded(
