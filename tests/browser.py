@@ -1,7 +1,7 @@
 """A real browser for the tests: Chromium without a window, driven by the DevTools protocol over two pipes.
 
-Nothing is installed for it and no port is opened: messages are JSON objects with a NUL after each, on descriptors 3 and 4
-of the browser's process.
+Nothing is installed for it and no port is opened: messages are JSON objects with a NUL after each, on descriptors 3 and
+4 of the browser's process.
 """
 
 import base64
@@ -90,8 +90,9 @@ class Page:
     def click(self, selector: str) -> None:
         """Click on the middle of an element, with the mouse."""
         x, y = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
-            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
+            "return [r.x + r.width / 2, r.y + r.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
@@ -103,9 +104,7 @@ class Page:
     def look(self, *, width: int = 1200, height: int = 900, dark: bool = False, scripts: bool = True) -> None:
         """Set the size of the window, its colours, and whether scripts run."""
         phone = width < 600
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)

@@ -6,6 +6,7 @@ Exit codes: 0 done · 2 usage or configuration · 3 corpus · 4 credentials · 5
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
@@ -286,17 +287,9 @@ def _print_config_help(command: str) -> None:
         "Configuration fields. Defaults shown are those of the preset demo, used without --preset and --config;\n"
         "with --config alone, fields that it leaves out have the defaults of config.py (agrl config prints them).\n"
     )
-    try:
-        tyro.cli(
-            Config,
-            args=["--help"],
-            default=load_config(),
-            prog=f"agrl {command}",
-            description="",
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-        )
-    except SystemExit:
-        return
+    shape = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    with contextlib.suppress(SystemExit):
+        tyro.cli(Config, args=["--help"], default=load_config(), prog=f"agrl {command}", description="", config=shape)
 
 
 def _redact_record(record: logging.LogRecord) -> bool:

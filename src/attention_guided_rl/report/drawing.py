@@ -48,11 +48,11 @@ def _line(points: Sequence[Point], class_: str) -> Markup:
     return element("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), class_=class_)
 
 
-def curve(points: Sequence[Point], label: str) -> Markup:
-    """Draw a quantity over updates, its last value written beside the last point."""
-    width, height, left, right, top, bottom = 320, 150, 42, 48, 8, 22
+def curve(points: Sequence[Point], label: str, span: Point | None = None) -> Markup:
+    """Draw a quantity over updates, its last value written beside the last point; `span` is the range of its axis."""
+    width, height, left, right, top, bottom = 320, 150, 42, 54, 8, 22
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    (low, high), x_low, x_span = _padded(ys), xs[0], (xs[-1] - xs[0]) or 1
+    (low, high), x_low, x_span = span or _padded(ys), xs[0], (xs[-1] - xs[0]) or 1
 
     def place(x: float, y: float) -> Point:
         across = left + (x - x_low) / x_span * (width - left - right)
@@ -170,6 +170,13 @@ def subject_letter(subject: int | None) -> str:
     return "" if subject is None else chr(65 + subject) if subject < 26 else str(subject)
 
 
+def _cell(x: int, y: int, width: int, height: int, p: float | None) -> Markup:
+    if p is None:
+        return element("rect", x=x, y=y, width=width, height=height, class_="cell read")
+    opacity = f"{math.sqrt(p):.2f}"
+    return element("rect", x=x, y=y, width=width, height=height, class_="cell", fill_opacity=opacity)
+
+
 def heat_map(row: Row, article: ArticleRows) -> Markup:
     """Draw the attention of every step over the pool, the pick marked; report.js draws the same."""
     num_steps, num_pairs = len(row.picks), len(article.keys)
@@ -177,20 +184,19 @@ def heat_map(row: Row, article: ArticleRows) -> Markup:
     width, height = left + num_pairs * cell, num_steps * line + bottom
     parts = []
     for t, step in enumerate(row.probs):
-        parts.append(element("text", t + 1, x=left - 6, y=t * line + 13, class_="tick end"))
+        parts.append(element("text", str(t + 1), x=left - 6, y=t * line + 13, class_="tick end"))
         for j, p in enumerate(step):
-            place = {"x": left + j * cell, "y": t * line, "width": cell - 1, "height": line - 1}
-            if p is None:
-                parts.append(element("rect", **place, class_="cell read", fill="url(#hatch)"))
-            elif p >= 0.0005:
-                parts.append(element("rect", **place, class_="cell", fill_opacity=f"{math.sqrt(p):.2f}"))
+            if p is None or p >= 0.0005:
+                parts.append(_cell(left + j * cell, t * line, cell - 1, line - 1, p))
         x, y = left + row.picks[t] * cell + (cell - 1) / 2, t * line + (line - 1) / 2
         parts.append(element("circle", cx=x, cy=y, r=min(4, cell / 2 - 1), class_="pick"))
     ground = element("rect", x=left, y=0, width=num_pairs * cell - 1, height=num_steps * line - 1, class_="ground")
     for j, subject in enumerate(article.subjects):
         if cell >= 10:
-            x = f"{left + j * cell + cell / 2:.1f}"
-            parts.append(element("text", subject_letter(subject), x=x, y=num_steps * line + 11, class_="tick middle"))
+            middle = f"{left + j * cell + cell / 2:.1f}"
+            parts.append(
+                element("text", subject_letter(subject), x=middle, y=num_steps * line + 11, class_="tick middle")
+            )
     parts.append(element("text", "pairs in article order →", x=left, y=height - 3, class_="tick"))
     spoken = f"Attention of {num_steps} steps over {num_pairs} keys; read in the order " + ", ".join(
         str(pick + 1) for pick in row.picks

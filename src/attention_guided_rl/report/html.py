@@ -27,13 +27,15 @@ from attention_guided_rl.storage import write_text
 _TEMPLATES = Path(__file__).parent / "templates"
 _CURVES = {
     "reward/mean": ("Reward", "nats per value token"),
-    "loss/kl": ("KL to the untrained model", "nats per query token"),
+    "loss/kl": ("KL to untrained", "nats per query token"),
     "policy/entropy": ("Policy entropy", "nats per query token"),
     "filter/kept_fraction": ("Kept fraction", "of trajectories"),
     "optimizer/gradient_norm": ("Gradient norm", "before clipping"),
     "selection/query_information": ("Query information", "nats, first step"),
     "selection/entropy": ("Selection entropy", "nats per step"),
 }
+_OWN_TEXT = "Each reader with its own text"
+_KEY_TEXT = "Own-key text: only the choice of pairs differs"
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
@@ -70,12 +72,13 @@ def render(record: RunRecord) -> str:
         settings=_settings(record),
         evaluation=None if record.summary is None else _evaluation(record.summary),
         curves=[
-            (title, unit, drawing.curve(record.metrics[key], title))
+            (title, unit, drawing.curve(record.metrics[key], title, (0, 1) if key == "filter/kept_fraction" else None))
             for key, (title, unit) in _CURVES.items()
             if key in record.metrics
         ],
         efficiency=_efficiency(record.probe_curves),
         alarms={name: _ranges(found) for name, found in record.alarms.items() if found},
+        guards=_guards(record),
         example=_example(record),
         data=_embed([asdict(article) for article in record.articles]),
     )
@@ -108,18 +111,32 @@ def _evaluation(summary: Mapping[str, Any]) -> dict[str, Any]:
             "said": verdict.sentences(summary),
             "caveats": verdict.caveats(summary),
             "groups": [
-                ("Each reader with its own text", [item for item in ordered if item[0] not in own_key]),
-                ("Own-key text: only the choice of pairs differs", [item for item in ordered if item[0] in own_key]),
+                (_OWN_TEXT, [item for item in ordered if item[0] not in own_key]),
+                (_KEY_TEXT, [item for item in ordered if item[0] in own_key]),
             ],
             "contrasts": [
-                (" − ".join(map(verdict.arm_label, filter(None, verdict.contrast_arms(name, arms)))), c)
-                for name, c in contrasts.items()
+                (
+                    title,
+                    [(_difference(name, arms), c) for name, c in contrasts.items() if _equal_text(name, arms) == equal],
+                )
+                for title, equal in ((_OWN_TEXT, False), (_KEY_TEXT, True))
             ],
             "arm_span": arm_span,
             "contrast_span": contrast_span,
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"evaluation.json: not as it is written here ({error!r}); run agrl evaluate") from None
+
+
+def _equal_text(contrast: str, arms: Mapping[str, Any]) -> bool:
+    return all(arm.endswith("/key") for arm in verdict.contrast_arms(contrast, arms))
+
+
+def _difference(contrast: str, arms: Mapping[str, Any]) -> str:
+    found = [arm for arm in verdict.contrast_arms(contrast, arms) if arm]
+    if _equal_text(contrast, arms):  # which the heading of the group says
+        found = [arm.removesuffix("/key") for arm in found]
+    return " − ".join(map(verdict.arm_label, found))
 
 
 def _efficiency(curves: Mapping[str, list[float]]) -> Markup | None:
@@ -130,6 +147,15 @@ def _efficiency(curves: Mapping[str, list[float]]) -> Markup | None:
 def _ranges(found: list[tuple[int, int]]) -> str:
     shown = ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in found[:20])
     return f"{shown}, … ({len(found) - 20} more)" if len(found) > 20 else shown
+
+
+def _guards(record: RunRecord) -> str:
+    names = {
+        "filter/empty_updates": "without a step",
+        "guard/nonfinite_updates": "skipped because a number was not finite",
+    }
+    found = [f"{record.metrics[n][-1][1]:.0f} {words}" for n, words in names.items() if n in record.metrics]
+    return f"Updates: {', '.join(found)}." if found else ""
 
 
 def _example(record: RunRecord) -> dict[str, Any] | None:
@@ -194,7 +220,8 @@ def _settings(record: RunRecord) -> dict[str, Any]:
     versions = {"python": environment.get("python"), **(packages if isinstance(packages, Mapping) else {})}
     episodes = record.metrics.get("episodes", [(0, 0)])[-1][1]
     rows = [
-        ("Model", of("{}, revision {}, {}, {}", "model.name", "model.revision", "model.adapter", "model.dtype")),
+        ("Model", of("{}, {}, {}", "model.name", "model.adapter", "model.dtype")),
+        ("Revision", _show(_get(config, "model.revision") or "")),
         ("Training corpus", _show(_corpus(config.get("corpus")))),
         ("Evaluation corpus", _show(_corpus(_get(config, "evaluation.corpus")))),
         ("Pool", of("{} pairs, keys of {} and values of {} tokens, cut by {}",

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -83,11 +83,11 @@ def _whole(path: Path) -> Mapping[str, Any] | None:
     return content
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
-def _is_curve(value: Any) -> bool:
+def _is_curve(value: Any) -> TypeGuard[list[float]]:
     return isinstance(value, list) and all(_is_number(step) for step in value)
 
 

@@ -232,7 +232,7 @@ def _value(pair: _Pair, logprobs: Sequence[float | None]) -> Value:
     tokens = pair.value_tokens if exact and pair.value_tokens is not None else _pieces(pair.value, num_tokens)
     gains = [None if p is None else _short(p - share) for p in logprobs[:num_tokens]]
     return Value(
-        tokens=[clean(token, strip=False) for token in tokens],
+        tokens=[clean(token if n else token.lstrip(), strip=False) for n, token in enumerate(tokens)],
         gains=gains + [None] * (num_tokens - len(gains)),
         has_prior=pair.prior is not None,
         exact=exact,

@@ -47,12 +47,12 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
     where = f"{summary['articles']} {'held-out articles' if summary['held_out'] else 'articles it was trained on'}"
     said = []
     if main := contrasts.get("trained-untrained"):
-        said.append(f"On {where}, {_main(who, main)}, {summary['unit']}.")
+        said.append(f"On {where}, {_main(who, main)} {summary['unit']}.")
     else:
         said.append(f"On {where}, the policy was not compared with the untrained model.")
     if choice := contrasts.get("trained/key-untrained/key"):
         said.append(
-            f"With the text held equal, so that only the choice of pairs differs: {with_interval(choice)}, "
+            f"With the text held equal, so that only the choice of pairs differs: {with_interval(choice)}; "
             f"{_choice(verdict(choice))}."
         )
     simple = {b: c for (a, b), c in _pairs(summary) if a == "trained" and b != "untrained"}

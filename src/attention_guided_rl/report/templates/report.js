@@ -28,6 +28,7 @@
     if (gain === null || Math.abs(gain) < 0.15) return "u0";
     return (gain > 0 ? "u" : "d") + Math.min(5, Math.ceil(Math.abs(gain) / 0.6));
   }
+  const caption = () => `likeliest keys for the query of step ${state.step + 1}`;
   const where = (a) => a.phase === "evaluation" ? "evaluation" : `training, update ${a.update}`;
   const shown = () => {
     const rows = articles[state.article].rows;
@@ -53,9 +54,9 @@
 
   // -- drawings ------------------------------------------------------------------------------------------------
 
-  function geometry(width, article, row) {
+  function geometry(width, article, row, widest = 26) {
     const left = 24, count = article.keys.length;
-    const cell = Math.max(7, Math.min(26, Math.floor((width - left) / count)));
+    const cell = Math.max(7, Math.min(widest, Math.floor((width - left) / count)));
     return { left, count, cell, steps: row.picks.length, width: left + cell * count };
   }
   function subjects(svg, g, article, y) {
@@ -65,7 +66,7 @@
   }
   function drawOrder() {
     const article = articles[state.article], rows = shown(), target = byId("order");
-    const line = 14, g = geometry(target.clientWidth - 90, article, rows[0]);
+    const line = 14, g = geometry(target.clientWidth - 90, article, rows[0], 36);
     const height = Math.max(...rows.map((row) => row.picks.length)) * line;
     const svg = document.createElementNS(SVG, "svg");
     const spoken = rows.map((row) => `${row.name} reads pairs ${row.picks.map((p) => p + 1).join(", ")}`).join("; ");
@@ -74,18 +75,21 @@
       svg.setAttribute(key, value);
     }
     add(svg, "rect", { x: g.left, y: 0, width: g.cell * g.count, height, class: "ground" });
+    for (const t of [0, rows[0].picks.length - 1]) {
+      add(svg, "text", { x: g.left - 6, y: t * line + 11, class: "tick end" }, String(t + 1));
+    }
     const ends = [];
-    rows.forEach((row, i) => {
+    [...rows.entries()].reverse().forEach(([i, row]) => {
       const kind = i ? "untrained" : "trained";
       const at = row.picks.map((pick, t) => [g.left + (pick + 0.5) * g.cell, (t + 0.5) * line]);
       add(svg, "polyline", { points: at.map((p) => p.join(",")).join(" "), class: `line ${kind}` });
       at.forEach(([cx, cy], t) => add(svg, "circle", {
-        cx, cy, r: t === state.step ? 5 : 2.5, class: `dot ${kind}`, "data-step": t, "data-row": i }));
-      const [x, y] = at[at.length - 1];
-      ends.push(Math.abs((ends[0] ?? -99) - x) < 70 ? [x, y - 12] : [x, y]);
-      add(svg, "text", { x: x + 9, y: ends[i][1] + 4, class: `name ${kind}` }, row.name);
-      ends[i] = x;
+        cx, cy, r: 2.5, class: `dot ${kind}`, "data-step": t, "data-row": i }));
+      ends.push([...at[at.length - 1], row.name, kind]);
     });
+    const near = ends.length > 1 && Math.abs(ends[0][0] - ends[1][0]) < 80;
+    ends.forEach(([x, y, name, kind], i) =>
+      add(svg, "text", { x: x + 9, y: y + (near && !i ? -10 : 4), class: `name ${kind}` }, name));
     subjects(svg, g, article, height + 11);
     target.replaceChildren(svg);
   }
@@ -119,21 +123,19 @@
       const [t, j] = under(event);
       if (j >= 0 && j < g.count) reading.textContent = `step ${t + 1}, ${probability(row.probs[t][j])}: ${article.keys[j]}`;
     });
-    top.addEventListener("pointerleave", () => { reading.textContent = ""; });
-    return svg;
+    top.addEventListener("pointerleave", () => { reading.textContent = caption(); });
   }
 
   // -- panels --------------------------------------------------------------------------------------------------
 
   function drawPanel(row, i) {
     const article = articles[state.article];
-    const panel = add(byId("panels"), "section", { class: `panel ${i ? "second" : "first"}`, "aria-label": row.name });
-    const title = add(panel, "h3", {}, "");
+    const panel = add(byId("panels"), "div", { class: `panel ${i ? "second" : "first"}` });
+    const title = add(panel, "h3");
     add(title, "b", {}, row.name + (row.kept ? "" : " (not kept by the filter)"));
     add(title, "span", {}, `reward ${number(mean(row.rewards))}`);
-    const map = add(panel, "div", { class: "scroll", role: "region", "aria-label": `Attention, ${row.name}`, tabindex: 0 });
-    const reading = add(panel, "p", { class: "reading" });
-    drawMap(map, article, row, reading);
+    add(panel, "div", { class: "scroll map", role: "region", "aria-label": `Attention, ${row.name}`, tabindex: 0 });
+    add(panel, "p", { class: "reading" });
     add(panel, "ul", { class: "keys", "aria-label": `Likeliest keys at this step, ${row.name}` });
     const list = add(panel, "ol", { class: "steps", "aria-label": `Steps, ${row.name}` });
     row.queries.forEach((query, t) => {
@@ -176,6 +178,7 @@
     byId("next").disabled = state.step === last;
     document.querySelectorAll("#panels .panel").forEach((panel, i) => {
       showKeys(panel, rows[i]);
+      panel.querySelector(".reading").textContent = caption();
       panel.querySelector(".now").setAttribute("y", state.step * 18 - 1);
       panel.querySelectorAll("[data-step]").forEach((part) => {
         const here = Number(part.dataset.step) === state.step;
@@ -187,7 +190,7 @@
       });
     });
     document.querySelectorAll("#order circle").forEach((dot) =>
-      dot.setAttribute("r", Number(dot.dataset.step) === state.step ? 5 : 2.5));
+      dot.setAttribute("r", Number(dot.dataset.step) === state.step ? 4 + 2 * Number(dot.dataset.row) : 2.5));
   }
   function go(step, focusFrom = null) {
     state.step = Math.max(0, Math.min(shown()[0].picks.length - 1, step));
@@ -197,7 +200,10 @@
   function draw() {
     byId("panels").replaceChildren();
     drawOrder();
-    shown().forEach(drawPanel);
+    const rows = shown();
+    rows.forEach(drawPanel);
+    document.querySelectorAll("#panels .panel").forEach((panel, i) =>
+      drawMap(panel.querySelector(".map"), articles[state.article], rows[i], panel.querySelector(".reading")));
     show();
   }
   function choose(article, row) {
