@@ -63,7 +63,7 @@ ONLY_IN = {
     "accelerate": {"distributed"},
     "torch.distributed": {"distributed"},
     "matplotlib": {"report.figures"},
-    "jinja2": {"report.html"},
+    "jinja2": {"report.html", "template"},
     "tyro": {"cli"},
     "httpx2": {"network", "embedders.openai", "data.wikipedia", "data.hub_dataset"},
     "openai": {"embedders.openai"},

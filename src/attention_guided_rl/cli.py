@@ -62,14 +62,13 @@ def _dispatch(arguments: list[str]) -> int:
     parser = _parser()
     fields, arguments = _split_fields(arguments)
     options, rest = parser.parse_known_args(arguments)
-    rest = [*fields, *rest]
     if options.command is None:
         parser.print_help()
         return 0
     if options.command in ("train", "corpus", "headroom", "config") and ("--help" in rest or "-h" in rest):
         _print_config_help(options.command)
         return 0
-    overrides = parse_overrides(rest)
+    overrides = parse_overrides([*fields, *rest])
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported
         overrides["network.offline"] = True

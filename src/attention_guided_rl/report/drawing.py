@@ -33,7 +33,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
         return [low]
     raw = (high - low) / count
     power = 10 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= 0.75 * raw)
     first = math.ceil(low / step - 1e-9)
     return [round(step * i, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
@@ -89,7 +89,7 @@ class _Trajectory(BaseModel):
     kept: bool
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _fits(self) -> "_Trajectory":
         columns = (self.queries, self.selection_logprobs, self.rewards, self.value_token_logprobs)
         if {len(c) for c in columns} != {len(self.picks)} or not self.picks or max(self.picks) >= len(self.pairs):
             raise ValueError("steps do not agree")
