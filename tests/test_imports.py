@@ -24,10 +24,14 @@ LAYERS = [
         "data.plain_text",
         "report",
         "report.figures",
+        "report.log_lines",
+        "report.verdict",
         "secrets",
     ],
-    ["config", "model", "distributed", "reward", "storage", "tables", "data.corpus"],
+    ["config", "model", "distributed", "reward", "storage", "tables", "data.corpus", "report.trajectories"],
     [
+        "report.drawing",
+        "report.run_files",
         "config_files",
         "rl_agent",
         "environment",
@@ -38,7 +42,7 @@ LAYERS = [
         "data.hygiene",
         "data.encyclopedia",
     ],
-    ["data.hub_dataset", "data.multistream", "branching", "ema"],
+    ["data.hub_dataset", "data.multistream", "branching", "ema", "report.html"],
     ["data.files", "data.dump", "data.hub", "data.wikipedia", "data.pairs", "embedders.cache", "objective"],
     ["data", "scorer", "embedders.text", "embedders.attention", "embedders.hashing", "rollouts"],
     ["embedders.openai", "embedders.sentence_transformers", "sizes"],
@@ -59,6 +63,7 @@ ONLY_IN = {
     "accelerate": {"distributed"},
     "torch.distributed": {"distributed"},
     "matplotlib": {"report.figures"},
+    "jinja2": {"report.html", "template"},
     "tyro": {"cli"},
     "httpx2": {"network", "embedders.openai", "data.wikipedia", "data.hub_dataset"},
     "openai": {"embedders.openai"},
@@ -139,7 +144,7 @@ import contextlib, importlib, io, json, sys
 from attention_guided_rl.cli import main
 heavy = ("torch", "transformers", "matplotlib", "accelerate", "datasets", "scipy")
 loaded = {}
-for arguments in ([], ["--help"], ["--version"], ["config"], ["evaluate", "--help"]):
+for arguments in ([], ["--help"], ["--version"], ["config"], ["evaluate", "--help"], ["report", "no-such-run"]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         main(arguments)
     loaded[" ".join(arguments)] = [name for name in heavy if name in sys.modules]
@@ -182,7 +187,9 @@ def probe() -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("command", ["", "--help", "--version", "config", "evaluate --help", "import"])
+@pytest.mark.parametrize(
+    "command", ["", "--help", "--version", "config", "evaluate --help", "report no-such-run", "import"]
+)
 def test_what_needs_no_model_does_not_wait_for_torch(probe, command):
     assert probe["loaded"][command] == []
 

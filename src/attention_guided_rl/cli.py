@@ -6,6 +6,7 @@ Exit codes: 0 done · 2 usage or configuration · 3 corpus · 4 credentials · 5
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
@@ -61,14 +62,13 @@ def _dispatch(arguments: list[str]) -> int:
     parser = _parser()
     fields, arguments = _split_fields(arguments)
     options, rest = parser.parse_known_args(arguments)
-    rest = [*fields, *rest]
     if options.command is None:
         parser.print_help()
         return 0
     if options.command in ("train", "corpus", "headroom", "config") and ("--help" in rest or "-h" in rest):
         _print_config_help(options.command)
         return 0
-    overrides = parse_overrides(rest)
+    overrides = parse_overrides([*fields, *rest])
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported
         overrides["network.offline"] = True
@@ -153,6 +153,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", _evaluate, "measure a run against simple readers", configurable=False)
     evaluate.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/demo-20260101T000000")
 
+    report = add("report", _report, "write one page to look at about a run", configurable=False)
+    report.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    report.add_argument("--out", metavar="FILE", type=Path, help="where to write it; default: RUN/report.html")
+
     rollout = add("rollout", _rollout, "show one trajectory as a person reads it", configurable=False)
     rollout.add_argument("run", metavar="RUN", type=Path, nargs="?", help="run folder; without: the untrained model")
     rollout.add_argument("--preset", metavar="NAME", help="without RUN: the preset to show untrained")
@@ -175,6 +179,7 @@ def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from attention_guided_rl.config_files import load_config
     from attention_guided_rl.dry_run import dry_run
     from attention_guided_rl.errors import RunInUseError
+    from attention_guided_rl.storage import run_config
     from attention_guided_rl.tracking import make_console
 
     if options.resume:
@@ -182,7 +187,7 @@ def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
             folder = runs.run_folder(options.run, None, options.runs_folder)
         else:
             folder = runs.newest_run(options.runs_folder)
-        files = [runs.run_config(folder), *options.config]
+        files = [run_config(folder), *options.config]
         config = load_config(files=files, overrides=overrides)
     else:
         preset = options.preset or (None if options.config else "demo")
@@ -214,6 +219,15 @@ def _evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from attention_guided_rl import runs
 
     runs.evaluate(options.run, overrides)
+    return 0
+
+
+def _report(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from attention_guided_rl.report.html import write_report
+
+    if overrides:
+        raise ConfigError(f"command line: --{next(iter(overrides))} cannot be set for a report of what has been run")
+    print(write_report(options.run, options.out))
     return 0
 
 
@@ -272,17 +286,9 @@ def _print_config_help(command: str) -> None:
         "Configuration fields. Defaults shown are those of the preset demo, used without --preset and --config;\n"
         "with --config alone, fields that it leaves out have the defaults of config.py (agrl config prints them).\n"
     )
-    try:
-        tyro.cli(
-            Config,
-            args=["--help"],
-            default=load_config(),
-            prog=f"agrl {command}",
-            description="",
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-        )
-    except SystemExit:
-        return
+    shape = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    with contextlib.suppress(SystemExit):
+        tyro.cli(Config, args=["--help"], default=load_config(), prog=f"agrl {command}", description="", config=shape)
 
 
 def _redact_record(record: logging.LogRecord) -> bool:

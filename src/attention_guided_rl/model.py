@@ -6,6 +6,7 @@ logits. Inside `with model.reference():` everything is computed by the reference
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +158,19 @@ class LanguageModel:
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, for display and for text embedders only."""
         return decode_ids(self.tokenizer, ids)
+
+    def decode_tokens(self, ids: list[int]) -> list[str]:
+        """Return the text of each id, cut so that the pieces join to `decode(ids)`.
+
+        A character spread over several tokens goes to the one that completes it; the others get nothing.
+        """
+        text, ends = self.decode(ids), [0]
+        for n in range(1, len(ids)):
+            agreeing = itertools.takewhile(
+                lambda pair: pair[0] == pair[1], zip(self.decode(ids[:n]), text, strict=False)
+            )
+            ends.append(max(ends[-1], sum(1 for _ in agreeing)))
+        return [text[start:end] for start, end in itertools.pairwise([*ends, len(text)])] if ids else []
 
     def attention_projections(
         self, ids: Int[Tensor, "M T"], mask: Bool[Tensor, "M T"]

@@ -1,8 +1,8 @@
 """Runs: the folder of a run from its creation to its evaluation. The Python surface behind the command line.
 
 `runs/NAME/` holds config.yaml (resolved), environment.json, prompt.txt, the logs, checkpoints/, and, after the
-evaluation, evaluation.jsonl, evaluation.json and figures/. Nothing is written before the configuration, the model and
-the corpora have been shown to work.
+evaluation, evaluation.jsonl, evaluation.json, figures/ and report.html. Nothing is written before the configuration,
+the model and the corpora have been shown to work.
 """
 
 import contextlib
@@ -27,9 +27,10 @@ from attention_guided_rl.errors import CheckpointError, ConfigError, RunInUseErr
 from attention_guided_rl.evaluation import PICKERS, EvaluationBatch, evaluation_records, run_arms, summarise
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.report.figures import plot_run
+from attention_guided_rl.report.html import write_report
 from attention_guided_rl.report.terminal import print_summary, print_trajectory
 from attention_guided_rl.session import Session
-from attention_guided_rl.storage import write_text
+from attention_guided_rl.storage import run_config, write_text
 from attention_guided_rl.tracking import (
     RunLogs,
     environment_record,
@@ -145,18 +146,6 @@ def open_untrained(config: Config) -> Session:
     return session
 
 
-def run_config(folder: Path) -> Path:
-    """Return the path of a run's config.yaml.
-
-    Raises:
-        ConfigError: this is no run folder.
-    """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is not a run folder (it has no config.yaml)")
-    return path
-
-
 def run_folder(name: str | None, preset: str | None, root: Path) -> Path:
     """Return the folder of a run: `root/NAME`, or for a new one without a name `root/<preset>-<UTC time>`.
 
@@ -257,7 +246,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _evaluate(session: Session, folder: Path, update: int, console: Console) -> dict[str, Any]:
-    """Run all arms, write evaluation.jsonl, evaluation.json and the figure, and print the table."""
+    """Run all arms, write evaluation.jsonl, evaluation.json, the figure and the report, and print the table."""
     config = session.config
     lengths = verify(latest_checkpoint(folder))["log_bytes"]
     pickers = [*PICKERS, *(["oracle"] if config.evaluation.oracle else [])]
@@ -272,6 +261,7 @@ def _evaluate(session: Session, folder: Path, update: int, console: Console) -> 
     write_text(folder / "evaluation.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     plot_run(metrics, summary, folder / "figures" / "run.png")
+    write_report(folder)
     print_summary(console, summary)
     return summary
 

@@ -1,9 +1,9 @@
-"""Storage: files that are whole or not there."""
+"""Storage: files that are whole or not there, and what makes a folder a run."""
 
 import os
 from pathlib import Path
 
-from attention_guided_rl.errors import StorageError
+from attention_guided_rl.errors import ConfigError, StorageError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,3 +22,15 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise StorageError(f"{path}: cannot write: {error.strerror or error}") from error
+
+
+def run_config(folder: Path) -> Path:
+    """Return the path of a run's config.yaml.
+
+    Raises:
+        ConfigError: this is no run folder.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not a run folder (it has no config.yaml)")
+    return path

@@ -194,6 +194,7 @@ def pair_records(pool: PairPool, prior: Tensor, model: LanguageModel) -> list[di
                         "value_ids": value,
                         "key": model.decode(key),
                         "value": model.decode(value),
+                        "value_tokens": model.decode_tokens(value),
                         "prior": None if probe else round(float(prior[a, n]), _DIGITS),
                     }
                 )

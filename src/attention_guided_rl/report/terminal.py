@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attention_guided_rl.records import PairPool
+from attention_guided_rl.report.verdict import verdict
 from attention_guided_rl.session import PaidRows, Session
 from attention_guided_rl.tracking import visible
 
@@ -30,7 +31,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         contrasts.add_column(column, justify="left" if column in ("contrast", "verdict") else "right")
     for name, c in summary["contrasts"].items():
         contrasts.add_row(
-            name, f"{c['mean']:+.3f}", f"{c['low']:+.3f} … {c['high']:+.3f}", f"{c['p_holm']:.4f}", _verdict(c)
+            name, f"{c['mean']:+.3f}", f"{c['low']:+.3f} … {c['high']:+.3f}", f"{c['p_holm']:.4f}", verdict(c)
         )
     console.print(contrasts)
     if summary["choice_gain"] is not None:
@@ -43,15 +44,6 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         )
     if summary["oracle_gap_closed"] is not None:
         console.print(f"gap to the greedy oracle closed: {summary['oracle_gap_closed']:.0%}", highlight=False)
-
-
-def _verdict(contrast: Mapping[str, float]) -> str:
-    """Name a direction only if the interval excludes 0 and the adjusted p is below 0.05 (few units bootstrap badly)."""
-    if contrast["p_holm"] < 0.05 and contrast["low"] > 0:
-        return "better"
-    if contrast["p_holm"] < 0.05 and contrast["high"] < 0:
-        return "worse"
-    return "no difference shown"
 
 
 def print_trajectory(console: Console, session: Session, paid: PaidRows, pool: PairPool, row: int = 0) -> None:
