@@ -48,7 +48,7 @@ LAYERS = [
     ["embedders.openai", "embedders.sentence_transformers", "sizes"],
     ["embedders"],
     ["session", "checkpoint"],
-    ["update", "oracle"],
+    ["update", "oracle", "diagnostics"],
     ["trainer", "evaluation", "report.terminal"],
     ["ordering", "headroom", "runs", "dry_run", "survey"],
     ["cli"],

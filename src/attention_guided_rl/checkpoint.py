@@ -50,6 +50,8 @@ class RunState:
     nonfinite_updates: int = 0
     """Updates skipped because a number was not finite."""
     nonfinite_in_a_row: int = 0
+    last_good: int | None = None
+    """The newest checkpoint at whose update no alarm was on."""
 
 
 def checkpoint_path(run: Path, update: int) -> Path:

@@ -22,6 +22,7 @@ from rich.console import Console
 from attention_guided_rl.checkpoint import latest_checkpoint, load_weights, verify
 from attention_guided_rl.config import Config
 from attention_guided_rl.config_files import config_to_dict, config_to_yaml, load_config
+from attention_guided_rl.diagnostics import STEERABILITY_WARNING
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.errors import CheckpointError, ConfigError, RunInUseError, StorageError, UnsafeError
 from attention_guided_rl.evaluation import PICKERS, EvaluationBatch, evaluation_records, run_arms, summarise
@@ -46,7 +47,6 @@ MAY_CHANGE_ON_RESUME = (
     *("training.updates", "training.checkpoint_every", "training.device", "log.", "evaluation.", "network."),
     *("embedder.max_usd", "embedder.usd_per_million_tokens", "embedder.send_local_text", "embedder.device"),
 )
-STEERABILITY_WARNING = 0.1  # nats: below this, no query changes much
 
 
 @dataclass(frozen=True, slots=True)

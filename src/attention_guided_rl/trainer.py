@@ -7,7 +7,6 @@ the articles; rewards are gathered, so advantages and statistics are computed fr
 """
 
 import contextlib
-import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,11 +25,11 @@ from attention_guided_rl.checkpoint import (
     save_checkpoint,
     verify,
 )
+from attention_guided_rl.diagnostics import AlarmBell, raise_alarms, row_metrics
 from attention_guided_rl.errors import CheckpointError, NumericError
 from attention_guided_rl.randomness import Purpose, generator
 from attention_guided_rl.records import Advantages, PairPool
-from attention_guided_rl.rl_agent import compute_advantages, effective_sample_size
-from attention_guided_rl.selection import entropy, query_information
+from attention_guided_rl.rl_agent import compute_advantages
 from attention_guided_rl.session import PaidRows, Session
 from attention_guided_rl.tracking import RunLogs, TrainingProgress, make_console, pair_records, trajectory_records
 from attention_guided_rl.update import Outcome, apply_update, make_optimizer
@@ -61,6 +60,7 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
     num_articles, share = config.rollout.articles, processes.share(config.rollout.articles)
     total, group = config.training.updates, config.rollout.trajectories
     saved = checkpoint_path(run, state.update) if resume else None
+    bell = AlarmBell(audible=processes.is_main)
 
     console = make_console() if processes.is_main else Console(quiet=True)
     with (
@@ -94,6 +94,8 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
                 "data/skipped_articles": stream.num_skipped,
                 "time/update_s": round(progress.seconds_since_last(), 4),
             }
+            metrics |= raise_alarms(metrics)
+            alarmed = bell.ring(metrics, state.last_good)
             log_update(session, logs, metrics, paid, pool, advantages, indices.start)
             progress.show(metrics)
             if state.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW:
@@ -101,6 +103,7 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
                     f"{MAX_NONFINITE_IN_A_ROW} updates in a row had non-finite numbers; see metrics.jsonl"
                 )
             if state.update % config.training.checkpoint_every == 0:
+                state = state if alarmed else replace(state, last_good=state.update)
                 saved = save(session, run, state, optimizer, logs)
             stop = processes.first_signal(received)
         if saved != checkpoint_path(run, state.update):
@@ -129,36 +132,12 @@ def reward_kl(session: Session, paid: PaidRows) -> Tensor | None:
 def update_metrics(
     session: Session, paid: PaidRows, advantages: Advantages, rewards: Tensor, state: RunState
 ) -> dict[str, Any]:
-    """Return an update's metrics that are not about the weights; over all rows of all processes."""
-    rows, processes = paid.rows, session.processes
-    selection = processes.gather_rows(rows.selection_logprobs)
-    picks = processes.gather_rows(rows.picks)
-    raw = processes.gather_rows(paid.rewards.raw)
-    choices = (selection > -math.inf).sum(-1) >= 2
-    first = selection[:, 0].unflatten(0, (-1, session.config.rollout.trajectories))
-    kept = advantages.advantages[advantages.keep]
-    ids, real = rows.query_slots()
-    blank = torch.tensor(
-        [
-            not session.model.decode(q[m].tolist()).strip()
-            for q, m in zip(ids.flatten(0, 1), real.flatten(0, 1), strict=True)
-        ],
-        device=ids.device,
-    )
-    picked = selection.gather(-1, picks[:, :, None]).squeeze(-1)
+    """Return what is measured of an update's rows, and what the state counts."""
     return {
-        "reward/mean": _finite(rewards.mean()),
-        "reward/raw": _finite(raw.mean()),
-        "reward/std": _finite(rewards.mean(1).std(correction=0)),
+        **row_metrics(session, paid, advantages, rewards),
         "advantage/scale": state.agent.scale,
-        "advantage/effective_sample_size": effective_sample_size(kept),
-        "filter/kept_fraction": float(advantages.keep.float().mean()),
         "filter/empty_updates": state.empty_updates,
         "guard/nonfinite_updates": state.nonfinite_updates,
-        "selection/entropy": _finite(entropy(selection)[choices].mean()) if bool(choices.any()) else None,
-        "selection/picked_logprob": _finite(picked.mean()),
-        "selection/query_information": _finite(torch.stack([query_information(g) for g in first]).mean()),
-        "selection/blank_queries": int(processes.gather_rows(blank).sum()),
     }
 
 
@@ -242,10 +221,6 @@ def _next_state(before: RunState, after: RunState, outcome: Outcome) -> RunState
         nonfinite_updates=before.nonfinite_updates + (not outcome.finite),
         nonfinite_in_a_row=0 if outcome.finite else before.nonfinite_in_a_row + 1,
     )
-
-
-def _finite(value: Tensor) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 @contextlib.contextmanager
