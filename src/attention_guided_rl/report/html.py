@@ -76,6 +76,7 @@ def render(record: RunRecord) -> str:
             for key, (title, unit) in _CURVES.items()
             if key in record.metrics
         ],
+        smoothed=any(len(record.metrics.get(key, ())) > drawing.SMOOTHED_FROM for key in _CURVES),
         efficiency=_efficiency(record.probe_curves),
         alarms={name: _ranges(found) for name, found in record.alarms.items() if found},
         guards=_guards(record),
