@@ -336,6 +336,10 @@ def test_a_damaged_whole_file_is_one_readable_error(tmp_path):
     (folder / "evaluation.json").write_text('{"arms": []}')
     with pytest.raises(CheckpointError, match=r"evaluation\.json: not as it is written here"):
         write_report(folder)
+    unadjusted = {"planted-random": {"mean": 0.1, "low": 0.1, "high": 0.1}}
+    (folder / "evaluation.json").write_text(json.dumps(SUMMARY | {"contrasts": unadjusted}))
+    with pytest.raises(CheckpointError, match=r"evaluation\.json: not as it is written here \(KeyError"):
+        write_report(folder)
     (folder / "evaluation.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"evaluation\.json: not valid JSON"):
         write_report(folder)
