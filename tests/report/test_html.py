@@ -10,9 +10,10 @@ import pytest
 import yaml
 from browser import find_chromium, open_browser
 
+from attention_guided_rl import runs
 from attention_guided_rl.cli import main
 from attention_guided_rl.errors import CheckpointError, ConfigError
-from attention_guided_rl.report.drawing import heat_map, shade, ticks
+from attention_guided_rl.report.drawing import heat_map, shade, smooth, ticks
 from attention_guided_rl.report.html import render, write_report
 from attention_guided_rl.report.run_files import MAX_POINTS, read_run
 from attention_guided_rl.report.trajectories import NUM_ARTICLES
@@ -176,6 +177,13 @@ def test_ticks_are_round_numbers_inside():
     assert ticks(2, 2) == [2]
 
 
+def test_long_curves_are_smoothed_and_short_ones_left_alone():
+    short = [(x, x % 2) for x in range(60)]
+    assert smooth(short) == short
+    long = [(x, 3 * (x % 3)) for x in range(120)]  # 0 3 6 0 3 6 …: with two neighbours on each side
+    assert smooth(long)[:4] == [(0, 3.0), (1, 2.25), (2, 2.4), (3, 3.6)]  # (0+3+6)/3 · 9/4 · 12/5 · 18/5
+
+
 def test_what_a_step_shows_is_worked_out_from_the_files(tmp_path):
     article = read_run(make_run(tmp_path / "run")).articles[0]
     row = article.rows[0]
@@ -328,6 +336,10 @@ def test_a_damaged_whole_file_is_one_readable_error(tmp_path):
     (folder / "evaluation.json").write_text('{"arms": []}')
     with pytest.raises(CheckpointError, match=r"evaluation\.json: not as it is written here"):
         write_report(folder)
+    unadjusted = {"planted-random": {"mean": 0.1, "low": 0.1, "high": 0.1}}
+    (folder / "evaluation.json").write_text(json.dumps(SUMMARY | {"contrasts": unadjusted}))
+    with pytest.raises(CheckpointError, match=r"evaluation\.json: not as it is written here \(KeyError"):
+        write_report(folder)
     (folder / "evaluation.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"evaluation\.json: not valid JSON"):
         write_report(folder)
@@ -336,6 +348,24 @@ def test_a_damaged_whole_file_is_one_readable_error(tmp_path):
         write_report(folder)
     with pytest.raises(ConfigError, match="not a run folder"):
         write_report(tmp_path)
+
+
+def test_a_run_ends_with_its_page_and_only_what_is_shown_is_parsed(make_config, tmp_path):
+    folder = tmp_path / "run"
+    runs.train(make_config({"training.updates": 1, "evaluation.articles": 3}), folder)
+    record = read_run(folder)
+    assert (folder / "report.html").read_text(encoding="utf-8") == render(record)
+    assert [(a.phase, a.index, len(a.rows)) for a in record.articles] == [
+        *(("evaluation", i, 2) for i in range(3)), ("train", 0, 2), ("train", 1, 2),
+    ]  # fmt: skip
+    assert all(value.exact and value.has_prior for a in record.articles for row in a.rows for value in row.values)
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all("".join(one["value_tokens"]) == one["value"] for one in pairs)
+    log = folder / "trajectories.jsonl"
+    spoiled = re.sub(r'("arm": "random".*?"pairs": )\[', r"\1nonsense", log.read_text(encoding="utf-8"))
+    log.write_text(spoiled, encoding="utf-8")
+    assert "nonsense" in spoiled
+    assert read_run(folder) == record
 
 
 @pytest.fixture(scope="module")
@@ -419,6 +449,16 @@ def test_hostile_text_is_only_text_in_a_browser(browser, tmp_path):
     assert PAYLOADS[0] in browser.run("document.querySelector('#panels .query').textContent")
     assert browser.requests() == [path.as_uri()]
     assert browser.complaints() == []
+
+
+def test_what_a_page_should_not_hold_is_refused_by_its_policy(browser, tmp_path):
+    browser.look()
+    path = write_report(make_run(tmp_path / "run"))
+    planted = "<script>window.hit = 1</script><p style='color: red' onclick='window.hit = 1'></p></body>"
+    path.write_text(path.read_text(encoding="utf-8").replace("</body>", planted), encoding="utf-8")
+    browser.open(path)
+    assert browser.run("window.hit") is None
+    assert len(browser.complaints()) == 3  # of the script, the style and the handler: complaints are heard
 
 
 def test_a_long_run_opens_quickly(browser, long_run):

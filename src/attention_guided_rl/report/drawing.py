@@ -12,6 +12,7 @@ from attention_guided_rl.report.trajectories import ArticleRows, Row
 from attention_guided_rl.report.verdict import arm_label, number
 
 Point = tuple[float, float]
+SMOOTHED_FROM = 60  # points; a shorter curve is drawn as it is
 LEVELS = 5  # of the shading of a token, each way
 LEVEL_NATS = 0.6  # per level; report.js draws with the same
 
@@ -48,8 +49,17 @@ def _line(points: Sequence[Point], class_: str) -> Markup:
     return element("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), class_=class_)
 
 
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """Average each point of a long curve with its neighbours, a thirtieth of the curve in all; fewer near its ends."""
+    if len(points) <= SMOOTHED_FROM:
+        return list(points)
+    reach, ys = len(points) // 60, [y for _, y in points]
+    windows = (ys[max(0, i - reach) : i + reach + 1] for i in range(len(ys)))
+    return [(x, sum(window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]
+
+
 def curve(points: Sequence[Point], label: str, span: Point | None = None) -> Markup:
-    """Draw a quantity over updates, its last value written beside the last point; `span` is the range of its axis."""
+    """Draw a quantity over updates, the value where it ends written beside it; `span` is the range of its axis."""
     width, height, left, right, top, bottom = 320, 150, 42, 54, 8, 22
     xs, ys = [x for x, _ in points], [y for _, y in points]
     (low, high), x_low, x_span = span or _padded(ys), xs[0], (xs[-1] - xs[0]) or 1
@@ -66,10 +76,13 @@ def curve(points: Sequence[Point], label: str, span: Point | None = None) -> Mar
     parts.append(element("text", short(xs[0]), x=left, y=height - 5, class_="tick"))
     if len(xs) > 1:
         parts.append(element("text", short(xs[-1]), x=width - right, y=height - 5, class_="tick end"))
-        parts.append(_line([place(x, y) for x, y in points], "line trained"))
-    x, y = place(*points[-1])
+    if len(xs) > SMOOTHED_FROM:
+        parts.append(_line([place(x, y) for x, y in points], "line faint"))
+    strong = smooth(points)
+    parts.append(_line([place(x, y) for x, y in strong], "line trained"))
+    x, y = place(*strong[-1])
     parts.append(element("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3, class_="dot trained"))
-    parts.append(element("text", short(ys[-1]), x=f"{x + 7:.1f}", y=f"{y + 4:.1f}", class_="value"))
+    parts.append(element("text", short(strong[-1][1]), x=f"{x + 7:.1f}", y=f"{y + 4:.1f}", class_="value"))
     spoken = (
         f"{label}: {short(ys[0])} at update {xs[0]:.0f}, {short(ys[-1])} at update {xs[-1]:.0f}, "
         f"between {short(min(ys))} and {short(max(ys))}"

@@ -58,9 +58,7 @@ def render(record: RunRecord) -> str:
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.globals |= {
-        "drawing": drawing, "number": verdict.number, "arm_label": verdict.arm_label, "verdict": verdict.verdict,
-    }  # fmt: skip
+    environment.globals |= {"drawing": drawing, "number": verdict.number, "arm_label": verdict.arm_label}
     return environment.get_template("report.html.jinja").render(
         run=record,
         name=clean(record.name),
@@ -76,6 +74,7 @@ def render(record: RunRecord) -> str:
             for key, (title, unit) in _CURVES.items()
             if key in record.metrics
         ],
+        smoothed=any(len(record.metrics.get(key, ())) > drawing.SMOOTHED_FROM for key in _CURVES),
         efficiency=_efficiency(record.probe_curves),
         alarms={name: _ranges(found) for name, found in record.alarms.items() if found},
         guards=_guards(record),
@@ -106,6 +105,9 @@ def _evaluation(summary: Mapping[str, Any]) -> dict[str, Any]:
         arms, contrasts = summary["arms"], summary["contrasts"]
         ordered = sorted(arms.items(), key=lambda item: -item[1]["mean"])
         own_key = {arm for arm in arms if arm.endswith("/key") or arm == "oracle"}
+        differences = [
+            (_difference(name, arms), verdict.verdict(c), c, _equal_text(name, arms)) for name, c in contrasts.items()
+        ]
         arm_span, contrast_span = (drawing.scale(list(found.values())) for found in (arms, contrasts))
         return {
             "said": verdict.sentences(summary),
@@ -115,11 +117,8 @@ def _evaluation(summary: Mapping[str, Any]) -> dict[str, Any]:
                 (_KEY_TEXT, [item for item in ordered if item[0] in own_key]),
             ],
             "contrasts": [
-                (
-                    title,
-                    [(_difference(name, arms), c) for name, c in contrasts.items() if _equal_text(name, arms) == equal],
-                )
-                for title, equal in ((_OWN_TEXT, False), (_KEY_TEXT, True))
+                (title, [(name, word, c) for name, word, c, equal in differences if equal == equal_text])
+                for title, equal_text in ((_OWN_TEXT, False), (_KEY_TEXT, True))
             ],
             "arm_span": arm_span,
             "contrast_span": contrast_span,
