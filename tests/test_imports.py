@@ -24,7 +24,9 @@ LAYERS = [
         "data.plain_text",
         "report",
         "report.figures",
+        "report.audit",
         "secrets",
+        "memory",
     ],
     ["config", "model", "distributed", "reward", "storage", "tables", "data.corpus"],
     [
@@ -45,8 +47,8 @@ LAYERS = [
     ["embedders"],
     ["session", "checkpoint"],
     ["update"],
-    ["trainer", "evaluation", "report.terminal"],
-    ["ordering", "headroom", "runs", "dry_run", "survey"],
+    ["trainer", "evaluation", "report.terminal", "trial"],
+    ["ordering", "headroom", "doctor", "runs", "dry_run", "survey"],
     ["cli"],
     ["__main__", PACKAGE],
 ]
