@@ -26,7 +26,9 @@ LAYERS = [
         "report.figures",
         "report.log_lines",
         "report.verdict",
+        "report.audit",
         "secrets",
+        "memory",
     ],
     ["config", "model", "distributed", "reward", "storage", "tables", "data.corpus", "report.trajectories"],
     [
@@ -49,8 +51,8 @@ LAYERS = [
     ["embedders"],
     ["session", "checkpoint"],
     ["update", "oracle", "diagnostics"],
-    ["trainer", "evaluation", "report.terminal"],
-    ["ordering", "headroom", "runs", "dry_run", "survey"],
+    ["trainer", "evaluation", "report.terminal", "trial"],
+    ["ordering", "headroom", "doctor", "runs", "dry_run", "survey"],
     ["cli"],
     ["__main__", PACKAGE],
 ]

@@ -1,8 +1,8 @@
 """The command line: parse, call, turn errors into one line and an exit code. No logic of its own.
 
-Exit codes: 0 done · 2 usage or configuration · 3 corpus · 4 credentials · 5 remote service · 6 spending cap or quota ·
-7 checkpoint · 8 storage · 9 non-finite numbers · 12 run folder in use · 13 refused for safety · 70 a bug of ours ·
-130/143 interrupted, saved.
+Exit codes: 0 done · 2 usage or configuration, or one that failed its audit · 3 corpus · 4 credentials · 5 remote
+service · 6 spending cap or quota · 7 checkpoint · 8 storage · 9 non-finite numbers · 12 run folder in use · 13 refused
+for safety · 70 a bug of ours · 130/143 interrupted, saved.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def _dispatch(arguments: list[str]) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    if options.command in ("train", "corpus", "headroom", "config") and ("--help" in rest or "-h" in rest):
+    if options.command in ("train", "corpus", "headroom", "doctor", "config") and ("--help" in rest or "-h" in rest):
         _print_config_help(options.command)
         return 0
     overrides = parse_overrides([*fields, *rest])
@@ -170,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_argument("--json", action="store_true", help="print the figures as JSON")
 
     add("headroom", _headroom, "measure what there is to win before training", configurable=True)
+    add("doctor", _doctor, "audit a configuration on its real model before training", configurable=True)
     add("config", _config, "print the resolved configuration", configurable=True)
     return parser
 
@@ -263,6 +264,14 @@ def _headroom(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
     config = load_config(options.preset, options.config, overrides)
     headroom.measure_headroom(runs.open_untrained(config))
+    return 0
+
+
+def _doctor(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from attention_guided_rl import doctor, runs
+    from attention_guided_rl.config_files import load_config
+
+    doctor.examine(runs.open_untrained(load_config(options.preset, options.config, overrides)))
     return 0
 
 

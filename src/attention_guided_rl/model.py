@@ -70,6 +70,12 @@ class LanguageModel:
         """Return the parameters that training changes, by name."""
         return {name: p for name, p in self._policy.named_parameters() if p.requires_grad}
 
+    def named_frozen(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that nothing may change: those under the adapter, or the frozen copy's."""
+        if self._frozen_copy is not None:
+            return dict(self._frozen_copy.named_parameters())
+        return {name: p for name, p in self._policy.named_parameters() if "lora_" not in name}
+
     def save(self, folder: str) -> None:
         """Write the adapter (loadable by `PeftModel.from_pretrained`) or the whole model as safetensors."""
         target = self._policy if self.peft_model is None else self.peft_model

@@ -83,8 +83,8 @@ def apply_update(
                 advantages=own_advantages[index],
                 reference_hidden=reference_hidden[index],
                 num_query_tokens=denominator,
-                selection_logprobs=_picked_logprobs(session, rows, pool, index),
-                reward_weights=_reward_weights(session, pool, rows, advantages.scale, index),
+                selection_logprobs=picked_logprobs(session, rows, pool, index),
+                reward_weights=reward_weights(session, rows, pool, index, advantages.scale),
             )
             output = session.objective(session.model, batch, config.objective.kl, config.rollout.temperature)
         output.loss.backward()
@@ -93,17 +93,17 @@ def apply_update(
     return _step(session, optimizer, metrics, sums, learning_rate)
 
 
-def _picked_logprobs(
+def picked_logprobs(
     session: Session, rows: TrajectoryBatch, pool: PairPool, index: Tensor
 ) -> Float[Tensor, "B S"] | None:
-    """Return log σ(pick) with its gradient, if the embedder is trained."""
+    """Return log σ(pick) of the rows at `index` with its gradient, if the embedder is trained."""
     if not session.embedder.depends_on_policy:
         return None
     return session.picked_logprobs(rows.select(index), pool, index // (rows.num_rows // pool.num_articles))
 
 
-def _reward_weights(
-    session: Session, pool: PairPool, rows: TrajectoryBatch, scale: float, index: Tensor
+def reward_weights(
+    session: Session, rows: TrajectoryBatch, pool: PairPool, index: Tensor, scale: float
 ) -> Float[Tensor, " B"] | None:
     """Return the weight of a value token's log-probability, so that with weight 1 the loss has the whole gradient of
 
