@@ -7,6 +7,8 @@ Weights are drawn widely (0.2 to 0.3), or log-probabilities would hardly depend 
 
 import itertools
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,17 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)  # sums in one order, and no fight for the cores
+
+
+@pytest.fixture(autouse=True)
+def _offline_ends_with_the_test() -> Iterator[None]:
+    """`agrl --offline` sets this for its process, which here is that of all tests and hands it on to its children."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    yield
+    if before is None:
+        os.environ.pop("HF_HUB_OFFLINE", None)
+    else:
+        os.environ["HF_HUB_OFFLINE"] = before
 
 
 def build_word_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:

@@ -115,7 +115,9 @@ class FakeMediaWiki:
             names = {key: {"id": int(key), "name": n, "canonical": c} for key, (n, c) in self.namespaces.items()}
             rights = {"url": self.rights[1], "text": self.rights[0]}
             return {"batchcomplete": True, "query": {"namespaces": names, "rightsinfo": rights}}
-        lists = {"categorymembers": self._reply_category, "random": self._reply_random, "search": self._reply_search}
+        if query.get("generator") == "random":
+            return self._reply_random(query)
+        lists = {"categorymembers": self._reply_category, "search": self._reply_search}
         if query.get("list") in lists:
             return lists[query["list"]](query)
         return {"batchcomplete": True}
@@ -201,12 +203,13 @@ class FakeMediaWiki:
 
     def _reply_random(self, query: dict[str, str]) -> dict[str, Any]:
         titles = [t for t, page in self.pages.items() if page.namespace == 0 and page.redirect is None]
-        count = min(int(query["rnlimit"]), self.max_listed, len(titles))
-        drawn = [self._listed(title) for title in self.draw.sample(titles, count)]
+        count = min(int(query["grnlimit"]), self.max_listed, len(titles))
+        drawn = sorted(self.draw.sample(titles, count), key=self.number)
+        marked = {"pageprops": {"disambiguation": ""}}
         return {
             "batchcomplete": True,
-            "continue": {"rncontinue": f"0.5|0.5|{self.draw.randrange(10**6)}|0", "continue": "-||"},
-            "query": {"random": [{"id": one.pop("pageid"), **one} for one in drawn]},
+            "continue": {"grncontinue": f"0.5|0.5|{self.draw.randrange(10**6)}|0", "continue": "grncontinue||"},
+            "query": {"pages": [self._listed(t) | (marked if self.pages[t].disambiguation else {}) for t in drawn]},
         }
 
     def _reply_search(self, query: dict[str, str]) -> dict[str, Any]:

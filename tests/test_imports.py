@@ -14,47 +14,30 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 
 # A module may import what stands in a line above its own, and nothing else of the package.
 LAYERS = [
-    [
-        "errors",
-        "records",
-        "randomness",
-        "selection",
-        "statistics",
-        "data.wikitext",
-        "data.plain_text",
-        "report",
-        "report.figures",
-        "report.log_lines",
-        "report.verdict",
-        "report.audit",
-        "secrets",
-        "memory",
-    ],
-    ["config", "model", "distributed", "reward", "storage", "tables", "data.corpus", "report.trajectories"],
-    [
-        "report.drawing",
-        "report.run_files",
-        "config_files",
-        "rl_agent",
-        "environment",
-        "template",
-        "loading",
-        "tracking",
-        "network",
-        "data.hygiene",
-        "data.encyclopedia",
-    ],
-    ["data.hub_dataset", "data.multistream", "branching", "ema", "report.html"],
-    ["data.files", "data.dump", "data.hub", "data.wikipedia", "data.pairs", "embedders.cache", "objective"],
-    ["data", "scorer", "embedders.text", "embedders.attention", "embedders.hashing", "rollouts"],
-    ["embedders.openai", "embedders.sentence_transformers", "sizes"],
-    ["embedders"],
-    ["session", "checkpoint"],
-    ["update", "oracle", "diagnostics"],
-    ["trainer", "evaluation", "report.terminal", "trial"],
-    ["ordering", "headroom", "doctor", "runs", "dry_run", "survey"],
-    ["cli"],
-    ["__main__", PACKAGE],
+    layer.split()
+    for layer in """
+    errors records randomness selection statistics secrets memory data.wikitext data.plain_text report
+        report.figures report.log_lines report.verdict report.audit
+    config model distributed reward storage tables data.corpus report.trajectories
+    config_files rl_agent environment template loading tracking network data.hygiene data.encyclopedia
+        data.article_cache report.drawing report.run_files
+    branching ema data.hub_dataset data.multistream data.mediawiki_reply report.html
+    objective data.mediawiki data.dump_xml
+    data.files data.dump data.hub data.wikipedia data.pairs embedders.cache
+    data scorer rollouts survey_counts embedders.text embedders.attention embedders.hashing
+    sizes embedders.openai embedders.sentence_transformers
+    embedders
+    session checkpoint
+    update oracle diagnostics
+    trainer evaluation trial report.terminal
+    runs ordering headroom doctor dry_run survey
+    report.survey
+    cli
+    __main__ PACKAGE
+    """.strip()
+    .replace("PACKAGE", PACKAGE)
+    .replace("\n        ", " ")
+    .splitlines()
 ]
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 
@@ -67,7 +50,7 @@ ONLY_IN = {
     "matplotlib": {"report.figures"},
     "jinja2": {"report.html", "template"},
     "tyro": {"cli"},
-    "httpx2": {"network", "embedders.openai", "data.wikipedia", "data.hub_dataset"},
+    "httpx2": {"network", "embedders.openai", "data.mediawiki", "data.hub_dataset"},
     "openai": {"embedders.openai"},
     "sentence_transformers": {"embedders.sentence_transformers"},
     "datasets": {"data.hub_dataset"},

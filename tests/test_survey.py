@@ -18,17 +18,9 @@ from attention_guided_rl.data.pairs import CutArticle, CutPair
 from attention_guided_rl.errors import ConfigError, CorpusError
 from attention_guided_rl.network import Network
 from attention_guided_rl.records import Article
-from attention_guided_rl.survey import (
-    Need,
-    Overlap,
-    Spread,
-    facts,
-    num_with_residue,
-    prospects,
-    require_usable,
-    survey,
-    survey_corpus,
-)
+from attention_guided_rl.report.survey import facts, prospects
+from attention_guided_rl.survey import require_usable, survey, survey_corpus
+from attention_guided_rl.survey_counts import Need, Overlap, Spread, num_with_residue
 
 WORDS = [a + b for a in "bdfgklmn" for b in "aeiouy"]  # each one token of the word tokenizer
 SHARED = Path(__file__).parents[2] / "shared"

@@ -247,14 +247,14 @@ def _rollout(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _corpus(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from attention_guided_rl import survey
     from attention_guided_rl.config_files import load_config
+    from attention_guided_rl.report.survey import show
 
     for name in ("articles", "sample"):
         if getattr(options, name) < 0:
             raise ConfigError(f"command line: --{name} must not be negative, got {getattr(options, name)}")
     config = load_config(options.preset, options.config, overrides)
-    survey.show(config, num_places=options.articles, num_sample=options.sample, as_json=options.json)
+    show(config, num_places=options.articles, num_sample=options.sample, as_json=options.json)
     return 0
 
 

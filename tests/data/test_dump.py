@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape, quoteattr
 import pytest
 
 from attention_guided_rl.config import CorpusConfig
-from attention_guided_rl.data import dump
+from attention_guided_rl.data import dump, dump_xml
 from attention_guided_rl.data.dump import DumpCorpus, clean_wikitext
 from attention_guided_rl.errors import CorpusError
 from attention_guided_rl.records import Article
@@ -189,13 +189,13 @@ def test_bare_parse_tells_bytes_and_seconds(tmp_path, pack):
     content = write(tmp_path, page("A", "Aap."), page("B", "Beer.")).read_bytes()
     path = tmp_path / ("bare.xml" if pack is bytes else "bare.xml.bz2")
     path.write_bytes(pack(content))
-    num_bytes, seconds = dump.bare_parse(path)
+    num_bytes, seconds = dump_xml.bare_parse(path)
 
     assert num_bytes == len(content)
     assert 0 < seconds < 5
     path.write_bytes(pack(content)[:-40])
     with pytest.raises(CorpusError, match=r"bare\.xml.*in a bare parse"):
-        dump.bare_parse(path)
+        dump_xml.bare_parse(path)
 
 
 REDIRECTS = (
@@ -359,7 +359,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("make", "message"), ERRORS.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_unusable_dump_is_refused_in_one_line_that_names_it(tmp_path, monkeypatch, make, message):
-    monkeypatch.setattr(dump, "MAX_PAGE", 2**20)
+    monkeypatch.setattr(dump_xml, "MAX_PAGE", 2**20)
     path = make(tmp_path)
     with pytest.raises(CorpusError) as caught:
         read(path)

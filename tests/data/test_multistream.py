@@ -11,7 +11,8 @@ import pytest
 
 from attention_guided_rl.config import CorpusConfig
 from attention_guided_rl.data import multistream
-from attention_guided_rl.data.dump import DumpCorpus, bare_parse
+from attention_guided_rl.data.dump import DumpCorpus
+from attention_guided_rl.data.dump_xml import bare_parse
 from attention_guided_rl.data.multistream import Multistream
 from attention_guided_rl.errors import CorpusError
 

@@ -17,7 +17,7 @@ import pytest
 from fake_mediawiki import FakeMediaWiki, Page, invented_article
 
 from attention_guided_rl.config import CorpusConfig, NetworkConfig
-from attention_guided_rl.data import wikipedia
+from attention_guided_rl.data import mediawiki, mediawiki_reply, wikipedia
 from attention_guided_rl.data.corpus import Corpus
 from attention_guided_rl.data.dump import DumpCorpus
 from attention_guided_rl.data.wikipedia import WikipediaCorpus, read_address
@@ -223,7 +223,7 @@ def test_a_hint_is_not_worth_a_second_error(mills, network):
 
 
 def test_too_large_page_is_refused(mills, network, monkeypatch):
-    monkeypatch.setattr(wikipedia, "MAX_WIKITEXT", 10)
+    monkeypatch.setattr(mediawiki_reply, "MAX_WIKITEXT", 10)
 
     with pytest.raises(CorpusError, match="'Post mill': too large"):
         read(mills, network, title="Post mill")
@@ -285,7 +285,7 @@ def test_reply_in_several_parts_is_put_together(network, max_text):
 
 @pytest.mark.parametrize(("moves", "num_requests"), [(True, 7), (False, 2)])
 def test_reply_without_end_is_refused(mills, network, monkeypatch, moves, num_requests):
-    monkeypatch.setattr(wikipedia, "MAX_REPLIES", 7)
+    monkeypatch.setattr(mediawiki, "MAX_REPLIES", 7)
 
     def answer(handler):
         place = len(mills.requests) if moves else 1
@@ -337,6 +337,17 @@ def test_random_articles_come_in_several_parts_until_there_are_enough(thirty, ne
     thirty.max_listed = 4
 
     assert len({a.title for a in read(thirty, network, random=9)}) == 9
+
+
+def test_disambiguation_pages_are_not_drawn(thirty, network, caplog):
+    thirty.pages |= {f"Mill of {i}": Page("* [[Mill 1]]", disambiguation=True) for i in range(60)}
+    thirty.max_listed = 9
+
+    titles = [a.title for a in read(thirty, network, random=12)]
+
+    assert len(set(titles)) == 12
+    assert not any("of" in title for title in titles)
+    assert not [m for m in caplog.messages if "skipped" in m]
 
 
 def test_a_wiki_with_too_few_articles_gives_all(mills, network):

@@ -13,3 +13,8 @@ def clean(text: str | None) -> str:
 def one_line(text: str | None) -> str:
     """Return the words of the clean text with one space between them."""
     return " ".join(clean(text).split())
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """Return text of a server so that a terminal can show it: one line, nothing that is not printable."""
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in " ".join(text[: 4 * limit].split()))[:limit]
