@@ -817,8 +817,8 @@ REPLIES = [
 
 
 def test_whatever_a_reply_holds_the_error_is_one_with_an_exit_code(mills, tmp_path):
-    network = make_network(tmp_path, deadline_s=0.01)
-    read(mills, network, title="Tower mill")  # what the wiki says of itself is in the cache
+    read(mills, make_network(tmp_path), title="Tower mill")  # what the wiki says of itself is in the cache
+    network = make_network(tmp_path, deadline_s=0.05)
     for reply in REPLIES:
         mills.always = fake.body(json.dumps(reply).encode())
         with pytest.raises(AgrlError) as caught:
