@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from failing import FailingEmbedder
 from safetensors.torch import load_file
 
 from attention_guided_rl import runs
-from attention_guided_rl.checkpoint import checkpoint_path
-from attention_guided_rl.errors import CheckpointError, NumericError
+from attention_guided_rl.checkpoint import checkpoint_path, latest_checkpoint
+from attention_guided_rl.errors import CheckpointError, NumericError, SpendError
 
 POISON = '''
 from dataclasses import replace
@@ -114,3 +115,21 @@ def test_pairs_and_sources_are_listed_once(make_config, tmp_path):
     attribution = (tmp_path / "run" / "ATTRIBUTION.md").read_text(encoding="utf-8")
     assert attribution.count("https://example.org/One") == 1
     assert "CC BY-SA 4.0" in attribution
+
+
+@pytest.mark.parametrize("finished", [0, 2])
+def test_what_the_network_ends_loses_no_finished_update(make_config, tmp_path, monkeypatch, finished):
+    """Whenever corpus or embedder give up, the run goes on from the update before, to the same end."""
+    config = make_config({"embedder.kind": "failing:FailingEmbedder"})
+    runs.train(config, tmp_path / "whole")
+    monkeypatch.setattr(FailingEmbedder, "calls", 0)
+    # 8 pools are looked at before; an update has 3 batches of queries and, for the steerability, 2 of keys as queries
+    monkeypatch.setenv("FAIL_AT", str(8 + 5 * finished + 4))
+    with pytest.raises(SpendError):
+        runs.train(config, tmp_path / "broken")
+    assert latest_checkpoint(tmp_path / "broken").name == f"update-{finished:06d}"
+    assert len((tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()) == finished
+    monkeypatch.delenv("FAIL_AT")
+    runs.train(config, tmp_path / "broken", resume=True)
+    for name in ("trajectories.jsonl", "pairs.jsonl"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

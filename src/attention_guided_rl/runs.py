@@ -75,6 +75,7 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
     if not resume:
         with processes.main_first():
             _prepare(session, console if processes.is_main else Console(quiet=True))
+        processes.rendezvous()  # they may have read from the network
         if processes.is_main:
             _create(folder, session)
         processes.wait()
