@@ -18,7 +18,8 @@ LAYERS = [
     for layer in """
     errors records randomness selection statistics secrets memory data.wikitext data.plain_text report
         report.figures report.log_lines report.verdict report.audit
-    config model distributed reward storage tables data.corpus report.trajectories
+    config model distributed reward storage tables data.corpus data.text_files
+        report.trajectories
     config_files rl_agent environment template loading tracking network data.hygiene data.encyclopedia
         data.article_cache report.drawing report.run_files
     branching ema data.hub_dataset data.multistream data.mediawiki_reply report.html

@@ -4,12 +4,13 @@ Counts are upper bounds: a text that was embedded before, or that comes up twice
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 from rich.console import Console
 from rich.table import Table
 
 from attention_guided_rl.config import Config
+from attention_guided_rl.data import open_corpus
 from attention_guided_rl.embedders import EMBEDDERS
 from attention_guided_rl.evaluation import PICKERS
 from attention_guided_rl.loading import load_tokenizer
@@ -66,12 +67,12 @@ def dry_run(config: Config, console: Console) -> None:
         console.print(f"embedder {config.embedder.kind}: computed on this machine; no text is sent anywhere")
         return
     host, usd_per_million = price(config.embedder)
-    network = Network(config.network)
+    opened = cache(partial(open_corpus, network=Network(config.network)))
     tokenizer = load_tokenizer(config.model, offline=config.network.offline)
     encode = partial(encode_text, tokenizer)
     template = build_template(tokenizer, config.template)
-    num_pairs, num_steps = resolve_sizes(config, template, encode, network, context_tokens(config))
-    distinct = None if config.corpus.title is None else len(only_article(config, encode, network).pairs)
+    num_pairs, num_steps = resolve_sizes(config, template, encode, opened, context_tokens(config))
+    distinct = None if config.corpus.title is None else len(only_article(config, encode, opened).pairs)
     plan = planned_embeddings(config, num_pairs, num_steps, distinct)
     table = Table("at most", "texts", "tokens", "that is", box=None, pad_edge=False, header_style="bold")
     for column in (1, 2):

@@ -5,6 +5,7 @@ through it, so that they cannot differ.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float, Int
@@ -42,7 +43,7 @@ from attention_guided_rl.reward import (
 from attention_guided_rl.rollouts import rollout
 from attention_guided_rl.scorer import SCORERS, Scorer, ema_scorer, reference_scorer
 from attention_guided_rl.selection import calibrate_temperature, head_scores, query_information, selection_logprobs
-from attention_guided_rl.sizes import context_tokens, resolve_sizes
+from attention_guided_rl.sizes import OpenCorpus, context_tokens, resolve_sizes
 from attention_guided_rl.tables import resolve
 from attention_guided_rl.template import Template, build_template
 from attention_guided_rl.tracking import require_tensorboard
@@ -81,6 +82,7 @@ class Session:
         for corpus in corpora:
             resolve(CORPORA, corpus.kind, "corpus.kind")
         self.network = Network(config.network, account=account, private_text=any(map(is_private, corpora)))
+        self.corpus: OpenCorpus = cache(partial(open_corpus, network=self.network))  # opening may read a whole file
         processes.share(config.rollout.articles)
         if config.log.tensorboard:
             require_tensorboard()
@@ -94,7 +96,7 @@ class Session:
             config.model, processes.device, seed=config.training.seed, offline=config.network.offline
         )
         self.template: Template = build_template(self.model.tokenizer, config.template)
-        self.num_pairs, self.num_steps = resolve_sizes(config, self.template, self.model.encode, self.network, context)
+        self.num_pairs, self.num_steps = resolve_sizes(config, self.template, self.model.encode, self.corpus, context)
         self.embedder: Embedder = make_embedder(config.embedder, self.network, self.model)
         micro_batch_rows = config.training.micro_batch_rows
         self.reference_scorer: Scorer = reference_scorer(self.model, micro_batch_rows)
@@ -107,9 +109,9 @@ class Session:
         self.temperature = config.selection.temperature
 
     def stream(self, corpus: CorpusConfig, *, num_probes: int, purpose: Purpose) -> PoolStream:
-        """Open a corpus as a stream of pools."""
+        """Return a stream of pools that begins at the beginning, whatever other streams of the corpus have read."""
         return PoolStream(
-            open_corpus(corpus, self.network),
+            self.corpus(corpus),
             self.model.encode,
             self.config.pairs,
             num_pairs=self.num_pairs,
