@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
+from attention_guided_rl.arms import run_arms
 from attention_guided_rl.branching import branch_logprobs
 from attention_guided_rl.config import Config
 from attention_guided_rl.config_files import load_config
 from attention_guided_rl.distributed import Processes
-from attention_guided_rl.evaluation import evaluation_records, run_arms, summarise, with_key_text
+from attention_guided_rl.evaluation import evaluation_records
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import (
@@ -25,6 +26,8 @@ from attention_guided_rl.records import (
     has_padding,
 )
 from attention_guided_rl.session import Session
+from attention_guided_rl.summary import summarise
+from attention_guided_rl.texts import with_key_text
 
 # -- the summary, on records typed by hand -----------------------------------------------------------------------------
 

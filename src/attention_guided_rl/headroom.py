@@ -9,11 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from attention_guided_rl.arms import run_arms
 from attention_guided_rl.config import CorpusConfig
 from attention_guided_rl.errors import ConfigError
-from attention_guided_rl.evaluation import evaluation_records, run_arms, unit_contrast
+from attention_guided_rl.evaluation import evaluation_records
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.session import Session
+from attention_guided_rl.summary import unit_contrast
 from attention_guided_rl.tracking import make_console
 
 PICKERS = ("untrained", "random", "article_order", "easy_to_hard", "nearest_key", "planted", "planted_shuffled")
