@@ -12,10 +12,10 @@ from rich.table import Table
 from attention_guided_rl.config import Config
 from attention_guided_rl.data import open_corpus
 from attention_guided_rl.embedders import EMBEDDERS
-from attention_guided_rl.evaluation import PICKERS
 from attention_guided_rl.loading import load_tokenizer
 from attention_guided_rl.model import encode_text
 from attention_guided_rl.network import Network
+from attention_guided_rl.pickers import PICKERS
 from attention_guided_rl.sizes import context_tokens, only_article, resolve_sizes
 from attention_guided_rl.tables import resolve
 from attention_guided_rl.template import build_template
