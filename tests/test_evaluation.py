@@ -515,7 +515,7 @@ def test_possible_text_is_the_key_but_where_nobody_can_name_it():
             start = layout.prompt_len + t * layout.step_len + layout.before_query_len
             row = paid.rows.ids[b, :start][paid.rows.role[b, :start] != PADDING]
             for i in range(3):
-                states = session.model.hidden(row[None], torch.full_like(row, TEMPLATE)[None], tensor([len(row) - 1]))
+                states = session.model.hidden(row[None], torch.full_like(row, TEMPLATE)[None], tensor([len(row)]))
                 with torch.no_grad():
                     token = sample(session.model.policy_logprobs(states[:, -1], temperature), numbers[b : b + 1, t, i])
                 assert int(ids[b, t, i]) == int(token)
@@ -542,7 +542,8 @@ def test_a_live_scorer_scores_both_writers_beside_the_reference(make_session):
 
 def test_agreement_is_the_interaction_of_picks_and_text():
     table = {
-        "trained": [5.0, 9.0], "untrained": [1.0, 2.0], "trained/untrained": [2.0, 3.0], "untrained/trained": [3.0, 3.0],
+        "trained": [5.0, 9.0], "untrained": [1.0, 2.0],
+        "trained/untrained": [2.0, 3.0], "untrained/trained": [3.0, 3.0],
     }  # fmt: skip
     agreement = summarise(records(table), held_out=True)["contrasts"]["agreement"]  # 5 − 2 − 3 + 1, 9 − 3 − 3 + 2
     assert {k: agreement[k] for k in ("mean", "low", "high", "p")} == {"mean": 3.0, "low": 1.0, "high": 5.0, "p": 0.5}
