@@ -405,7 +405,7 @@ def forced_rewards(session: Session, pool: PairPool, prior: Tensor, orders: list
     return session.pay_for_evaluation(with_key_text(session, rows, pool), pool, prior=prior).rewards.rewards
 
 
-@pytest.mark.parametrize("overrides", [{}, {"reward.kind": "held_out"}, {"reward.kind": "counterfactual"}])
+@pytest.mark.parametrize("overrides", [{}, {"reward.kind": "counterfactual"}], ids=["value_prior", "counterfactual"])
 def test_a_beam_as_wide_as_all_beginnings_finds_the_best_order(make_session, overrides):
     """All 5·4 orders of two pairs fit a beam of 20, so it is an exhaustive search."""
     session = make_session(EVALUATION | {"rollout.steps": 2} | overrides)
