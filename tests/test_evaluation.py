@@ -1,6 +1,7 @@
 """Evaluation: who picks what, on equal terms, and what the summary makes of it."""
 
 import json
+import statistics
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from attention_guided_rl.config_files import load_config
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.errors import CorpusError
 from attention_guided_rl.evaluation import evaluation_records
-from attention_guided_rl.headroom import Headroom, permute_values
+from attention_guided_rl.headroom import Headroom, measure_headroom, permute_values, random_order_rewards
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.oracle import oracle_rows
 from attention_guided_rl.order_files import OrderLine, picks_of_orders
@@ -405,7 +406,7 @@ def forced_rewards(session: Session, pool: PairPool, prior: Tensor, orders: list
     return session.pay_for_evaluation(with_key_text(session, rows, pool), pool, prior=prior).rewards.rewards
 
 
-@pytest.mark.parametrize("overrides", [{}, {"reward.kind": "held_out"}, {"reward.kind": "counterfactual"}])
+@pytest.mark.parametrize("overrides", [{}, {"reward.kind": "counterfactual"}], ids=["value_prior", "counterfactual"])
 def test_a_beam_as_wide_as_all_beginnings_finds_the_best_order(make_session, overrides):
     """All 5·4 orders of two pairs fit a beam of 20, so it is an exhaustive search."""
     session = make_session(EVALUATION | {"rollout.steps": 2} | overrides)
@@ -515,7 +516,7 @@ def test_possible_text_is_the_key_but_where_nobody_can_name_it():
             start = layout.prompt_len + t * layout.step_len + layout.before_query_len
             row = paid.rows.ids[b, :start][paid.rows.role[b, :start] != PADDING]
             for i in range(3):
-                states = session.model.hidden(row[None], torch.full_like(row, TEMPLATE)[None], tensor([len(row) - 1]))
+                states = session.model.hidden(row[None], torch.full_like(row, TEMPLATE)[None], tensor([len(row)]))
                 with torch.no_grad():
                     token = sample(session.model.policy_logprobs(states[:, -1], temperature), numbers[b : b + 1, t, i])
                 assert int(ids[b, t, i]) == int(token)
@@ -627,6 +628,18 @@ def test_permuted_values_come_from_other_articles_and_leave_keys_in_place(make_s
         for n in range(5):
             assert torch.equal(permuted.value_ids[a, n], pool.value_ids[(a + 1 + n % 2) % 3, n])
     assert sorted(permuted.value_ids.flatten().tolist()) == sorted(pool.value_ids.flatten().tolist())
+
+
+def test_headroom_puts_the_searches_beside_their_floor_and_random_orders_beside_their_spread(make_session, capsys):
+    session = make_session(EVALUATION | {"evaluation.oracle": True})
+    result = measure_headroom(session)
+    assert {"oracle", "beam", "permuted/oracle", "permuted/beam", "article_order/key"} <= set(result.contrasts)
+    lead = result.contrasts["oracle"]["mean"] - result.contrasts["permuted/oracle"]["mean"]
+    assert result.above_floor["oracle"]["mean"] == pytest.approx(lead)
+    pool = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL).next_pool(3)
+    variances = [statistics.variance(row) for row in random_order_rewards(session, pool).tolist()]
+    assert result.random_order_sd == pytest.approx((sum(variances) / 3) ** 0.5, rel=1e-4)
+    assert result.verdict in " ".join(capsys.readouterr().out.split())
 
 
 def found(simple: float, search: float | None) -> Headroom:

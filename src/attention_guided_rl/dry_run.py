@@ -41,7 +41,8 @@ def planned_embeddings(config: Config, num_pairs: int, num_steps: int, num_disti
     keys = num_articles * num_pairs
     if num_distinct_keys is not None and evaluation.corpus in (None, config.corpus):
         keys = min(keys, num_distinct_keys)
-    steps = len(PICKERS) * evaluation.articles * num_steps  # every picker but the search writes queries of its own
+    rewritten = 2 if evaluation.arms == "all" else 0  # trained/untrained and untrained/trained
+    steps = (len(PICKERS) + rewritten) * evaluation.articles * num_steps  # the search alone writes no queries
     values = evaluation.articles * num_steps
     q, k, v = rollout.query_tokens, pairs.key_tokens, pairs.value_tokens
     plan = [

@@ -109,14 +109,18 @@ class Session:
         self.temperature = config.selection.temperature
 
     def stream(self, corpus: CorpusConfig, *, num_probes: int, purpose: Purpose) -> PoolStream:
-        """Return a stream of pools that begins at the beginning, whatever other streams of the corpus have read."""
+        """Return a stream of pools that begins at the beginning, whatever other streams of the corpus have read.
+
+        The evaluation's pools and probes are the same for every training seed, so that runs can be paired by article.
+        """
+        seed = 0 if purpose is Purpose.EVALUATION_POOL else self.config.training.seed
         return PoolStream(
             self.corpus(corpus),
             self.model.encode,
             self.config.pairs,
             num_pairs=self.num_pairs,
             num_probes=num_probes,
-            seed=self.config.training.seed,
+            seed=seed,
             purpose=purpose,
         )
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -84,7 +85,7 @@ def _print_arms(console: Console, summary: Mapping[str, Any]) -> None:
 def _print_contrasts(
     console: Console, title: str, first_column: str, contrasts: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=0)  # fits 100 columns
     for column in (first_column, "mean", "interval", "p", "p (Holm)", "could see", "verdict"):
         table.add_column(column, justify="left" if column in (first_column, "verdict") else "right")
     for name, c in contrasts.items():
