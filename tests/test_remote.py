@@ -319,9 +319,44 @@ def test_a_dry_run_counts_what_would_be_sent_and_sends_nothing(agrl, service):
     assert int(row[1]) == 4 * int(row[3])
     assert int(row[2].replace(",", "")) == 4 * 6 * int(row[3])
     keys = re.search(r"keys +(\d+) +(\d+) +\d+ keys × 24 tokens", shown)
-    total = int(row[2].replace(",", "")) + int(keys[2]) + 4 * 6  # and the calibration's 4 queries
+    canaries = int(re.search(r"canaries +8 +([\d,]+) ", shown)[1].replace(",", ""))
+    total = int(row[2].replace(",", "")) + int(keys[2]) + 4 * 6 + canaries  # and the calibration's 4 queries
     assert f"{total * 1000 / 1e6:.4f} USD" in shown
     assert "127.0.0.1" in shown
+
+
+PROMPTS = ("--embedder.query-prompt", "Find the passage: ", "--embedder.key-prompt", "A passage: ")
+SHAPES = {
+    "calibration reads more than training": ("--evaluation.articles", "0", "--selection.calibration-queries", "64"),
+    "prompts and evaluation": ("--evaluation.articles", "1", *PROMPTS),
+    "probes": ("--evaluation.articles", "0", "--reward.kind", "held_out", "--selection.temperature", "0.1", *PROMPTS),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_dry_run_is_never_exceeded(service, tmp_path, monkeypatch, capsys, shape):
+    monkeypatch.chdir(tmp_path)
+    small = ("--rollout.articles", "1", "--rollout.trajectories", "2", "--rollout.steps", "2", "--pairs.num-pairs", "6")
+    sizes = (
+        "--training.updates",
+        "1",
+        "--selection.calibration-queries",
+        "8",
+        "--evaluation.oracle",
+        "false",
+        "--training.device",
+        "cpu",
+    )
+    embedder = ("--embedder.kind", "openai", "--embedder.base-url", service.url, "--network.cache", "cache")
+    command = ["train", "--preset", "demo", *small, *sizes, *embedder, *SHAPES[shape]]
+    assert main([*command, "--dry-run"]) == 0
+    planned = re.search(r"together +([\d,]+) +([\d,]+)", capsys.readouterr().out)
+    most_texts, most_tokens = (int(number.replace(",", "")) for number in planned.groups())
+    assert service.requests == []
+    assert main([*command, "--run", "a"]) == 0
+    num_texts = sum(len(request.texts) for request in service.requests)
+    assert most_texts / 3 < num_texts <= most_texts
+    assert service.billed_tokens <= most_tokens
 
 
 def test_a_dry_run_without_a_service_says_that_nothing_is_sent(capsys):

@@ -30,7 +30,7 @@ from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.report.figures import plot_run
 from attention_guided_rl.report.html import write_report
 from attention_guided_rl.report.terminal import print_summary, print_trajectory
-from attention_guided_rl.session import Session
+from attention_guided_rl.session import PREPARED_ARTICLES, Session
 from attention_guided_rl.storage import run_config, write_text
 from attention_guided_rl.tracking import (
     RunLogs,
@@ -172,7 +172,8 @@ def _prepare(session: Session, console: Console) -> None:
     config, reached = session.config, True
     if session.temperature is None:
         reached = session.calibrate(config.corpus)
-    pool = session.stream(config.corpus, num_probes=0, purpose=Purpose.POOL).next_pool(8).to(session.model.device)
+    stream = session.stream(config.corpus, num_probes=0, purpose=Purpose.POOL)
+    pool = stream.next_pool(PREPARED_ARTICLES).to(session.model.device)
     if config.evaluation.articles:
         corpus = config.evaluation.corpus or config.corpus
         session.stream(corpus, num_probes=config.evaluation.num_probes, purpose=Purpose.EVALUATION_POOL).next_pool(1)

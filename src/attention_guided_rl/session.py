@@ -47,6 +47,9 @@ from attention_guided_rl.tables import resolve
 from attention_guided_rl.template import Template, build_template
 from attention_guided_rl.tracking import require_tensorboard
 
+PREPARED_ARTICLES = 8
+"""Articles whose keys are tried as queries before a run begins."""
+
 
 @dataclass(frozen=True, slots=True)
 class PaidRows:
