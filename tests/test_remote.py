@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -239,6 +240,36 @@ def test_a_cap_stops_the_run_before_it_is_passed_and_raising_it_goes_on(agrl, wh
     code = main(["train", "--run", "capped", "--resume", "--embedder.max-usd", "1"])
     assert code == 0
     assert outcome(tmp_path / "runs" / "capped") == outcome(whole.folder)
+
+
+def test_the_cap_holds_over_caches_and_a_new_run_of_the_same_name_has_its_own(service, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    small = ("--rollout.articles", "1", "--rollout.trajectories", "2", "--rollout.steps", "2", "--pairs.num-pairs", "4")
+    sizes = ("--selection.temperature", "0.1", "--evaluation.articles", "0", "--training.device", "cpu")
+    price = ("--embedder.usd-per-million-tokens", "1000", "--embedder.max-usd", "2", "--network.cache", "one")
+    embedder = ("--embedder.kind", "openai", "--embedder.base-url", service.url, *price)
+    first = ["train", "--preset", "demo", *small, *sizes, *embedder, "--training.updates", "1", "--run", "a"]
+    again = ["train", "--run", "a", "--resume", "--training.updates", "2"]
+
+    def spent(command: list[str]) -> tuple[float, float]:
+        """What a run says it has spent, and what was billed meanwhile."""
+        before = service.billed_tokens
+        assert main(command) == 0
+        said = float(re.search(r"embeddings of this run: ([\d.]+) USD", capfd.readouterr().out)[1])
+        return said, pytest.approx((service.billed_tokens - before) / 1000)
+
+    said, billed = spent(first)
+    assert said == billed
+    before = len(service.requests)
+    assert main([*again, "--network.cache", "two"]) == 2
+    assert "network.cache: two does not know what this run has spent" in capfd.readouterr().err
+    assert main(["evaluate", "runs/a", "--network.cache", "two"]) == 2
+    assert len(service.requests) == before
+    more, billed_more = spent(again)
+    assert more - said == billed_more
+    shutil.rmtree("runs/a")
+    said, billed = spent([*first, "--training.seed", "7"])
+    assert said == billed
 
 
 def test_a_run_that_is_killed_while_it_waits_for_vectors_goes_on_as_if_nothing_had_happened(

@@ -54,10 +54,14 @@ class Transient(Exception):
 class Network:
     """What corpora and embedders are lent for reaching other machines."""
 
-    def __init__(self, config: NetworkConfig, *, account: str = "untitled", private_text: bool = False) -> None:
+    def __init__(
+        self, config: NetworkConfig, *, account: str = "untitled", goes_on: bool = False, private_text: bool = False
+    ) -> None:
         self.config = config
         self.account = account
-        """Name under which spending is added up: that of the run."""
+        """Under which spending is added up; every run has its own."""
+        self.goes_on = goes_on
+        """Whether the run was begun before, so that the cache must know what it has spent."""
         self.private_text = private_text
         """Whether the articles are files of this machine, which may be nobody else's business."""
         self.sleep: Callable[[float], None] = time.sleep

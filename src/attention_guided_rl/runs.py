@@ -8,6 +8,7 @@ the model and the corpora have been shown to work.
 import contextlib
 import json
 import re
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
     if resume:
         _check_resume(folder, config)
     console = make_console()
-    session = Session(config, processes, account=folder.name)
+    account = processes.broadcast(_account(folder) if resume else uuid.uuid4().hex)
+    session = Session(config, processes, account=account, goes_on=resume)
     if not resume:
         with processes.main_first():
             _prepare(session, console if processes.is_main else Console(quiet=True))
@@ -131,7 +133,7 @@ def open_run(folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[
     """Load a run's newest checkpoint; return the session and the number of updates it has had."""
     config = load_config(files=[run_config(folder)], overrides=overrides)
     checkpoint = latest_checkpoint(folder)
-    session = Session(config, Processes(config.training.device), account=folder.resolve().name)
+    session = Session(config, Processes(config.training.device), account=_account(folder), goes_on=True)
     load_weights(checkpoint, session.model)
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     session.temperature = state["temperature"]
@@ -140,8 +142,7 @@ def open_run(folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[
 
 def open_untrained(config: Config) -> Session:
     """Load a configuration as it is before training, with τ calibrated."""
-    account = f"untrained-{datetime.now(UTC):%Y%m%dT%H%M%S}"
-    session = Session(config, Processes(config.training.device), account=account)
+    session = Session(config, Processes(config.training.device), account=uuid.uuid4().hex)
     _prepare(session, make_console())
     return session
 
@@ -207,8 +208,17 @@ def _create(folder: Path, session: Session) -> None:
     except OSError as error:
         raise StorageError(f"{folder}: cannot create the run folder: {error.strerror}") from error
     write_text(folder / "config.yaml", config_to_yaml(session.config))
-    write_text(folder / "environment.json", json.dumps(environment_record(), indent=1) + "\n")
+    environment = {**environment_record(), "account": session.network.account}
+    write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
     write_text(folder / "prompt.txt", session.template.prompt_text)
+
+
+def _account(folder: Path) -> str:
+    """Return what the run's spending is added up under; "", which no run has, where that cannot be read."""
+    try:
+        return str(json.loads((folder / "environment.json").read_text(encoding="utf-8"))["account"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _check_resume(folder: Path, config: Config) -> None:

@@ -64,10 +64,12 @@ class PaidRows:
 class Session:
     """A loaded configuration. `temperature` (τ) is calibrated or restored before the first trajectory."""
 
-    def __init__(self, config: Config, processes: Processes, *, account: str = "untitled") -> None:
+    def __init__(
+        self, config: Config, processes: Processes, *, account: str = "untitled", goes_on: bool = False
+    ) -> None:
         """Check what can be checked without a model, remote services included, then load.
 
-        `account`: the name under which spending on embeddings is added up, that of the run.
+        `account`: what spending on embeddings is added up under; `goes_on`: that of a run begun before.
 
         Raises:
             AgrlError: of the kind that fits, before any weights load where possible.
@@ -83,7 +85,8 @@ class Session:
         )
         for corpus in corpora:
             resolve(CORPORA, corpus.kind, "corpus.kind")
-        self.network = Network(config.network, account=account, private_text=any(map(is_private, corpora)))
+        private = any(map(is_private, corpora))
+        self.network = Network(config.network, account=account, goes_on=goes_on, private_text=private)
         processes.share(config.rollout.articles)
         if config.log.tensorboard:
             require_tensorboard()

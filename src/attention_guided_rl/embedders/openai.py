@@ -89,7 +89,8 @@ class OpenAIEncoder:
         known = MODELS[self._model][0] if _is_openai(url) and self._model in MODELS else None
         known = known or known_dimensions(self.store, self.identity)
         self._dimensions = config.dimensions or known  # None until the first reply
-        self.ledger = Ledger(self.store, network.account, config.max_usd)
+        must_be_known = network.goes_on and self._nano_usd_per_token > 0
+        self.ledger = Ledger(self.store, network.account, config.max_usd, opened_before=must_be_known)
         http_client = network.client(str(url), trusted=True, redirects_to=())
         if _is_in_the_clear(url):
             http_client.event_hooks = {"request": [_without_secrets]}
