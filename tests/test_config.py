@@ -343,3 +343,18 @@ def test_every_field_is_written_under_its_name():
 def test_a_configuration_cannot_be_changed_after_it_was_checked():
     with pytest.raises(AttributeError):
         Config().training.updates = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("field", ["embedder.base_url", "corpus.site"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("https://a.example/v1?api-key=hunter2", "https://a.example/v1#hunter2", "a.example?a@hunter2"),
+        *("https://me:hunter2@a.example/v1", "me:hunter2@a.example"),
+    ],
+)
+def test_an_address_that_may_hold_a_key_never_becomes_part_of_a_configuration(field, address):
+    """Which is printed, and stored with a run."""
+    with pytest.raises(ConfigError, match=field) as caught:
+        load_config(overrides={field: address, "corpus.kind": "files", "corpus.path": "a"})
+    assert "hunter2" not in str(caught.value)

@@ -183,10 +183,17 @@ def test_offline_opens_no_connection(monkeypatch):
 
 
 PASSWORDS = ["https://me:hunter2@a.example/", "ftp://me:hunter2@a.example/", "https://me:hunter2@", "me:hunter2@a b:c"]
+KEYS = [
+    "https://a.example/?key=hunter2",
+    "https://a.example/#hunter2",
+    "ftp://a.example?a@hunter2",
+    "a.example?hunter2",
+]
 
 
 @pytest.mark.parametrize(
-    "address", ["", "a.example", "ftp://a.example/", "https://", "http://[::1", "http://a.example:99999/", *PASSWORDS]
+    "address",
+    ["", "a.example", "ftp://a.example/", "https://", "http://[::1", "http://a.example:99999/", *PASSWORDS, *KEYS],
 )
 def test_what_is_no_web_address_is_refused_without_repeating_a_password(address):
     with pytest.raises(ConfigError, match="address") as caught:
@@ -195,7 +202,7 @@ def test_what_is_no_web_address_is_refused_without_repeating_a_password(address)
 
 
 def test_web_address_is_read():
-    assert str(web_address("https://A.example:443/w/api.php?x=1")) == "https://a.example/w/api.php?x=1"
+    assert str(web_address("https://A.example:443/w/api.php")) == "https://a.example/w/api.php"
 
 
 @pytest.mark.parametrize(

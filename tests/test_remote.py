@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -241,6 +242,36 @@ def test_a_cap_stops_the_run_before_it_is_passed_and_raising_it_goes_on(agrl, wh
     assert outcome(tmp_path / "runs" / "capped") == outcome(whole.folder)
 
 
+def test_the_cap_holds_over_caches_and_a_new_run_of_the_same_name_has_its_own(service, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    small = ("--rollout.articles", "1", "--rollout.trajectories", "2", "--rollout.steps", "2", "--pairs.num-pairs", "4")
+    sizes = ("--selection.temperature", "0.1", "--evaluation.articles", "0", "--training.device", "cpu")
+    price = ("--embedder.usd-per-million-tokens", "1000", "--embedder.max-usd", "2", "--network.cache", "one")
+    embedder = ("--embedder.kind", "openai", "--embedder.base-url", service.url, *price)
+    first = ["train", "--preset", "demo", *small, *sizes, *embedder, "--training.updates", "1", "--run", "a"]
+    again = ["train", "--run", "a", "--resume", "--training.updates", "2"]
+
+    def spent(command: list[str]) -> tuple[float, float]:
+        """What a run says it has spent, and what was billed meanwhile."""
+        before = service.billed_tokens
+        assert main(command) == 0
+        said = float(re.search(r"embeddings of this run: ([\d.]+) USD", capfd.readouterr().out)[1])
+        return said, pytest.approx((service.billed_tokens - before) / 1000)
+
+    said, billed = spent(first)
+    assert said == billed
+    before = len(service.requests)
+    assert main([*again, "--network.cache", "two"]) == 2
+    assert "network.cache: two does not know what this run has spent" in capfd.readouterr().err
+    assert main(["evaluate", "runs/a", "--network.cache", "two"]) == 2
+    assert len(service.requests) == before
+    more, billed_more = spent(again)
+    assert more - said == billed_more
+    shutil.rmtree("runs/a")
+    said, billed = spent([*first, "--training.seed", "7"])
+    assert said == billed
+
+
 def test_a_run_that_is_killed_while_it_waits_for_vectors_goes_on_as_if_nothing_had_happened(
     agrl, arguments, whole, service, tmp_path, capfd
 ):
@@ -319,9 +350,44 @@ def test_a_dry_run_counts_what_would_be_sent_and_sends_nothing(agrl, service):
     assert int(row[1]) == 4 * int(row[3])
     assert int(row[2].replace(",", "")) == 4 * 6 * int(row[3])
     keys = re.search(r"keys +(\d+) +(\d+) +\d+ keys × 24 tokens", shown)
-    total = int(row[2].replace(",", "")) + int(keys[2]) + 4 * 6  # and the calibration's 4 queries
+    canaries = int(re.search(r"canaries +8 +([\d,]+) ", shown)[1].replace(",", ""))
+    total = int(row[2].replace(",", "")) + int(keys[2]) + 4 * 6 + canaries  # and the calibration's 4 queries
     assert f"{total * 1000 / 1e6:.4f} USD" in shown
     assert "127.0.0.1" in shown
+
+
+PROMPTS = ("--embedder.query-prompt", "Find the passage: ", "--embedder.key-prompt", "A passage: ")
+SHAPES = {
+    "calibration reads more than training": ("--evaluation.articles", "0", "--selection.calibration-queries", "64"),
+    "prompts and evaluation": ("--evaluation.articles", "1", *PROMPTS),
+    "probes": ("--evaluation.articles", "0", "--reward.kind", "held_out", "--selection.temperature", "0.1", *PROMPTS),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_dry_run_is_never_exceeded(service, tmp_path, monkeypatch, capsys, shape):
+    monkeypatch.chdir(tmp_path)
+    small = ("--rollout.articles", "1", "--rollout.trajectories", "2", "--rollout.steps", "2", "--pairs.num-pairs", "6")
+    sizes = (
+        "--training.updates",
+        "1",
+        "--selection.calibration-queries",
+        "8",
+        "--evaluation.oracle",
+        "false",
+        "--training.device",
+        "cpu",
+    )
+    embedder = ("--embedder.kind", "openai", "--embedder.base-url", service.url, "--network.cache", "cache")
+    command = ["train", "--preset", "demo", *small, *sizes, *embedder, *SHAPES[shape]]
+    assert main([*command, "--dry-run"]) == 0
+    planned = re.search(r"together +([\d,]+) +([\d,]+)", capsys.readouterr().out)
+    most_texts, most_tokens = (int(number.replace(",", "")) for number in planned.groups())
+    assert service.requests == []
+    assert main([*command, "--run", "a"]) == 0
+    num_texts = sum(len(request.texts) for request in service.requests)
+    assert most_texts / 3 < num_texts <= most_texts
+    assert service.billed_tokens <= most_tokens
 
 
 def test_a_dry_run_without_a_service_says_that_nothing_is_sent(capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fake_mediawiki import FakeMediaWiki, Page
 
 from attention_guided_rl.cli import main
 from attention_guided_rl.config import CorpusConfig, NetworkConfig, PairsConfig
@@ -238,6 +239,18 @@ def test_empty_places_and_near_duplicates_are_counted(make_config):
     assert found.places.by_split == {"train": 1, "dev": 0, "test": 1}
     assert found.places.articles == 1
     assert dict(facts(found))["left out"] == "3 empty, 1 near-duplicates, 1 of other splits"
+
+
+def test_what_a_wiki_leaves_out_is_counted(agrl, tmp_path):
+    pages = {"Oast": Page(words(35, 5)), "Barn": Page(words(42, 11)), "Copy": Page(words(35, 5))}
+    pages |= {"Kiln": Page(redirect="Oast"), "Mill": Page("[[Windmill]], [[Watermill]]", disambiguation=True)}
+    with FakeMediaWiki(pages) as wiki:
+        source = ("--corpus.kind", "wikipedia", "--corpus.path", "null", "--corpus.site", wiki.url)
+        titles = ("--corpus.titles", "[Oast, Barn, Copy, Kiln, Mill, Nowhere]", "--corpus.requests-per-second", "100")
+        code, out, _ = agrl(*source, *titles, "--network.cache", tmp_path / "cache", "--evaluation.articles", 0)
+    assert code == 0
+    assert "left out    0 empty, 1 near-duplicates, 3 titles without an article" in out
+    assert re.search(r"articles +2 of 2 give", out)
 
 
 class LongArticles:

@@ -23,6 +23,14 @@ def _null_is_a_name(value: Any) -> Any:
     return "null" if value is None else value
 
 
+def _require_no_secret(address: str | None, name: str) -> None:
+    """Refuse an address that may hold a password or a key: the configuration is printed, and stored with the run."""
+    _require(
+        address is None or re.search(r"[?#]|(^|//)[^/]*@", address) is None,
+        f"{name} must be an address without user name, '?' and '#': what follows them may be a password or a key",
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """The language model and how it is trained."""
@@ -136,6 +144,7 @@ class CorpusConfig:
             0 < self.requests_per_second <= 100,
             f"corpus.requests_per_second must be above 0 and at most 100, got {self.requests_per_second}",
         )
+        _require_no_secret(self.site, "corpus.site")
         if self.kind in ("files", "dump"):
             _require(self.path is not None, f"corpus.kind: {self.kind} needs corpus.path")
         if self.kind == "hub":
@@ -252,6 +261,7 @@ class EmbedderConfig:
     """Allow text of a corpus on this machine to be sent to a remote service."""
 
     def __post_init__(self) -> None:
+        _require_no_secret(self.base_url, "embedder.base_url")
         for name in ("dimensions", "batch_texts"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"embedder.{name} must be at least 1, got {value}")

@@ -54,10 +54,14 @@ class Transient(Exception):
 class Network:
     """What corpora and embedders are lent for reaching other machines."""
 
-    def __init__(self, config: NetworkConfig, *, account: str = "untitled", private_text: bool = False) -> None:
+    def __init__(
+        self, config: NetworkConfig, *, account: str = "untitled", goes_on: bool = False, private_text: bool = False
+    ) -> None:
         self.config = config
         self.account = account
-        """Name under which spending is added up: that of the run."""
+        """Under which spending is added up; every run has its own."""
+        self.goes_on = goes_on
+        """Whether the run was begun before, so that the cache must know what it has spent."""
         self.private_text = private_text
         """Whether the articles are files of this machine, which may be nobody else's business."""
         self.sleep: Callable[[float], None] = time.sleep
@@ -153,9 +157,9 @@ def web_address(address: str) -> httpx2.URL:
     """Return a checked http or https address.
 
     Raises:
-        ConfigError: it is none, or holds a password (which would end in files and messages).
+        ConfigError: it is none, or holds what may be a password or a key (which would end in files and messages).
     """
-    shown = repr(address.rpartition("@")[2][:100])
+    shown = "one with '@', '?' or '#'" if set("@?#") & set(address) else repr(address[:100])
     try:
         url = httpx2.URL(address)
     except httpx2.InvalidURL:
@@ -164,6 +168,8 @@ def web_address(address: str) -> httpx2.URL:
         raise ConfigError(f"not a web address: {shown}; it begins with https://")
     if url.userinfo:
         raise ConfigError(f"the address of {url.host} holds a user name or password; remove it")
+    if "?" in address or "#" in address:
+        raise ConfigError(f"the address of {url.host} has more behind a '?' or '#', which may be a key; remove it")
     return url
 
 

@@ -8,6 +8,7 @@ the model and the corpora have been shown to work.
 import contextlib
 import json
 import re
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from attention_guided_rl.order_files import match_orders
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.report.tables import print_summary
 from attention_guided_rl.report.terminal import print_trajectory
-from attention_guided_rl.session import Session
+from attention_guided_rl.session import PREPARED_ARTICLES, Session
 from attention_guided_rl.storage import run_config, write_text
 from attention_guided_rl.tracking import environment_record, make_console, visible
 from attention_guided_rl.trainer import Trained
@@ -65,7 +66,8 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
     if resume:
         _check_resume(folder, config)
     console = make_console()
-    session = Session(config, processes, account=folder.name)
+    account = processes.broadcast(_account(folder) if resume else uuid.uuid4().hex)
+    session = Session(config, processes, account=account, goes_on=resume)
     if not resume:
         with processes.main_first():
             _prepare(session, console if processes.is_main else Console(quiet=True))
@@ -153,7 +155,7 @@ def open_run(folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[
     """Load a run's newest checkpoint; return the session and the number of updates it has had."""
     config = load_config(files=[run_config(folder)], overrides=overrides)
     checkpoint = latest_checkpoint(folder)
-    session = Session(config, Processes(config.training.device), account=folder.resolve().name)
+    session = Session(config, Processes(config.training.device), account=_account(folder), goes_on=True)
     state = load_checkpoint(checkpoint, session.model, None, session.ema)
     session.temperature = state.temperature
     return session, state.update
@@ -161,8 +163,7 @@ def open_run(folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[
 
 def open_untrained(config: Config) -> Session:
     """Load a configuration as it is before training, with τ calibrated."""
-    account = f"untrained-{datetime.now(UTC):%Y%m%dT%H%M%S}"
-    session = Session(config, Processes(config.training.device), account=account)
+    session = Session(config, Processes(config.training.device), account=uuid.uuid4().hex)
     _prepare(session, make_console())
     return session
 
@@ -193,7 +194,8 @@ def _prepare(session: Session, console: Console) -> None:
     config, reached = session.config, True
     if session.temperature is None:
         reached = session.calibrate(config.corpus)
-    pool = session.stream(config.corpus, num_probes=0, purpose=Purpose.POOL).next_pool(8).to(session.model.device)
+    stream = session.stream(config.corpus, num_probes=0, purpose=Purpose.POOL)
+    pool = stream.next_pool(PREPARED_ARTICLES).to(session.model.device)
     if config.evaluation.articles:
         corpus = config.evaluation.corpus or config.corpus
         session.stream(corpus, num_probes=config.evaluation.num_probes, purpose=Purpose.EVALUATION_POOL).next_pool(1)
@@ -227,8 +229,17 @@ def _create(folder: Path, session: Session) -> None:
     except OSError as error:
         raise StorageError(f"{folder}: cannot create the run folder: {error.strerror}") from error
     write_text(folder / "config.yaml", config_to_yaml(session.config))
-    write_text(folder / "environment.json", json.dumps(environment_record(), indent=1) + "\n")
+    environment = {**environment_record(), "account": session.network.account}
+    write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
     write_text(folder / "prompt.txt", session.template.prompt_text)
+
+
+def _account(folder: Path) -> str:
+    """Return what the run's spending is added up under; "", which no run has, where that cannot be read."""
+    try:
+        return str(json.loads((folder / "environment.json").read_text(encoding="utf-8"))["account"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _check_resume(folder: Path, config: Config) -> None:

@@ -48,6 +48,9 @@ from attention_guided_rl.tables import resolve
 from attention_guided_rl.template import Template, build_template
 from attention_guided_rl.tracking import require_tensorboard
 
+PREPARED_ARTICLES = 8
+"""Articles whose keys are tried as queries before a run begins."""
+
 
 @dataclass(frozen=True, slots=True)
 class PaidRows:
@@ -62,10 +65,12 @@ class PaidRows:
 class Session:
     """A loaded configuration. `temperature` (τ) is calibrated or restored before the first trajectory."""
 
-    def __init__(self, config: Config, processes: Processes, *, account: str = "untitled") -> None:
+    def __init__(
+        self, config: Config, processes: Processes, *, account: str = "untitled", goes_on: bool = False
+    ) -> None:
         """Check what can be checked without a model, remote services included, then load.
 
-        `account`: the name under which spending on embeddings is added up, that of the run.
+        `account`: what spending on embeddings is added up under; `goes_on`: that of a run begun before.
 
         Raises:
             AgrlError: of the kind that fits, before any weights load where possible.
@@ -81,7 +86,8 @@ class Session:
         )
         for corpus in corpora:
             resolve(CORPORA, corpus.kind, "corpus.kind")
-        self.network = Network(config.network, account=account, private_text=any(map(is_private, corpora)))
+        private = any(map(is_private, corpora))
+        self.network = Network(config.network, account=account, goes_on=goes_on, private_text=private)
         self.corpus: OpenCorpus = cache(partial(open_corpus, network=self.network))  # opening may read a whole file
         processes.share(config.rollout.articles)
         if config.log.tensorboard:

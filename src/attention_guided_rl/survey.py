@@ -105,7 +105,11 @@ def survey_corpus(
     return Survey(
         source=source,
         need=need,
-        places=tally.places(whole_pass, getattr(corpus.opened, "num_near_duplicates", 0)),
+        places=tally.places(
+            whole_pass,
+            near_duplicates_on_opening=getattr(corpus.opened, "num_near_duplicates", 0),
+            skipped_on_opening=getattr(corpus.opened, "num_skipped", 0),
+        ),
         pairs=tally.pairs(need.num_pairs, need.num_pairs + need.num_probes),
         speed=Speed(
             reading_s=corpus.seconds,

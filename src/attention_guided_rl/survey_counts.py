@@ -48,7 +48,9 @@ class Places:
     near_duplicates: int
     """Articles passed over because they nearly repeat one before them."""
     near_duplicates_on_opening: int
-    """`files`: the same, dropped before anything has a place."""
+    """`files`, `wikipedia`: the same, dropped before anything has a place."""
+    skipped_on_opening: int
+    """`wikipedia`: titles that are missing, lead to a list of meanings, or to an article named before."""
     by_split: dict[str, int]
     """The other articles of each split by title, whichever is read."""
     articles: int
@@ -170,7 +172,7 @@ class Tally:
         self.counts["repeated_pairs"] += len(cut.pairs) - len(both)
         self.counts["with_residue"] += num_with_residue(cut, decode)
 
-    def places(self, whole_pass: bool, near_duplicates_on_opening: int) -> Places:
+    def places(self, whole_pass: bool, *, near_duplicates_on_opening: int, skipped_on_opening: int) -> Places:
         """Return what was counted of places."""
         return Places(
             read=self.counts["places"],
@@ -178,6 +180,7 @@ class Tally:
             empty=self.counts["empty"],
             near_duplicates=self.counts["near_duplicates"],
             near_duplicates_on_opening=near_duplicates_on_opening,
+            skipped_on_opening=skipped_on_opening,
             by_split={split: self.counts[split] for split in ("train", "dev", "test")},
             articles=len(self._pairs),
         )

@@ -503,6 +503,19 @@ def test_a_preflight_is_one_request_and_a_second_start_compares(service, make):
     assert caught.value.exit_code == 7
 
 
+@pytest.mark.parametrize("dimensions", [None, 1536])
+def test_a_model_that_has_changed_to_another_length_is_noticed_in_two_requests(service, make, dimensions):
+    model = "text-embedding-3-small"
+    make.preflight(model=model, dimensions=dimensions)
+    service.script = ["wrong_dimension", None]
+    make.preflight(model=model, dimensions=dimensions)  # once may be an accident
+    service.script = ["wrong_dimension", "wrong_dimension"]
+    with pytest.raises(CheckpointError, match=r"has changed.*768 dimensions instead of 1536") as caught:
+        make.preflight(model=model, dimensions=dimensions)
+    assert caught.value.exit_code == 7
+    assert len(service.requests) == 1 + 2 + 2
+
+
 @pytest.mark.parametrize("narrow", [False, True])
 def test_a_service_that_cuts_texts_short_is_refused(service, make, narrow):
     service.narrow = narrow
@@ -572,11 +585,16 @@ def test_openai_needs_a_key_and_a_server_on_this_machine_does_not(service, make,
         "https://me:hunter2@[::1/v1",
         "ftp://me:hunter2@api.openai.com/v1",
         "me:hunter2@api.openai.com/v1",
+        "https://api.openai.com/v1?api-key=hunter2",
+        "https://api.openai.com/v1#hunter2",
+        "ftp://api.openai.com/v1?api-key=a@hunter2",
+        "api.openai.com/v1?hunter2",
     ],
 )
-def test_an_address_with_a_password_is_refused_without_repeating_it(make, address):
+def test_an_address_with_a_password_or_a_key_is_refused_without_repeating_it(make, monkeypatch, address):
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
     with pytest.raises(ConfigError) as caught:
-        make.preflight(base_url=address)
+        make.preflight(base_url=None)
     assert caught.value.exit_code == 2
     assert "hunter2" not in str(caught.value)
 

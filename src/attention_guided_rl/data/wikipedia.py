@@ -46,6 +46,8 @@ class WikipediaCorpus:
             UnsafeError: an address that is not of Wikipedia, or that leads to a private one.
         """
         address, titles = _address_and_titles(config)
+        self.num_near_duplicates = self.num_skipped = 0
+        """Near-duplicates, and titles of a list without an article of their own, that were left out."""
         self._shuffle, self._seed = config.shuffle, config.seed
         with contextlib.closing(MediaWiki(address, config.requests_per_second, network)) as wiki:
             library = _Library(wiki, ArticleCache(network.cache("wikipedia"), address.site), network)
@@ -57,9 +59,11 @@ class WikipediaCorpus:
             elif config.random:
                 titles = library.random(config.random, config.seed)
             articles = library.articles(titles)
+        self.num_skipped = len(titles) - len(articles)
         self._articles = without_near_duplicates(articles) if config.drop_near_duplicates else articles
-        if len(self._articles) < len(articles):
-            _log.warning("%s: %d near-duplicates left out", address.host, len(articles) - len(self._articles))
+        self.num_near_duplicates = len(articles) - len(self._articles)
+        if self.num_near_duplicates:
+            _log.warning("%s: %d near-duplicates left out", address.host, self.num_near_duplicates)
 
     def articles(self, epoch: int, start: int) -> Iterator[Article]:
         """Yield one pass from place `start` on; with `corpus.shuffle` each epoch has an order of its own."""

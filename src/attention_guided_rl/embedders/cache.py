@@ -24,7 +24,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jaxtyping import Float32
 
-from attention_guided_rl.errors import SpendError, StorageError
+from attention_guided_rl.errors import ConfigError, SpendError, StorageError
 
 SCHEMA = 1
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process's write
@@ -46,7 +46,7 @@ class VectorStore:
 
     def __init__(self, path: Path) -> None:
         """Open or create the file; raise StorageError if it cannot be used."""
-        self._path = path
+        self.path = path
         self._owners = path.with_suffix(".owners")
         self._owner = uuid.uuid4().hex
         self._lock: FileLock | None = None
@@ -76,7 +76,7 @@ class VectorStore:
                     if checksum == _checksum(key, vector):
                         found[by_key[key]] = np.frombuffer(vector, np.float32)
                     else:
-                        logger.warning("%s: a stored vector is damaged; it will be computed again", self._path)
+                        logger.warning("%s: a stored vector is damaged; it will be computed again", self.path)
                         self._db.execute("DELETE FROM vectors WHERE key = ?", (key,))
         return found
 
@@ -168,7 +168,7 @@ class VectorStore:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise StorageError(f"{self._path}: {error}; free some space, or set network.cache elsewhere") from error
+            raise StorageError(f"{self.path}: {error}; free some space, or set network.cache elsewhere") from error
 
 
 class Ledger:
@@ -177,9 +177,23 @@ class Ledger:
     All processes of a run share the account; what a killed process had reserved counts as spent.
     """
 
-    def __init__(self, store: VectorStore, account: str, max_usd: float | None) -> None:
+    def __init__(self, store: VectorStore, account: str, max_usd: float | None, *, opened_before: bool = False) -> None:
+        """Open an account, or go on with one.
+
+        Raises:
+            ConfigError: it was opened before, and not in this store, so what it has spent stands elsewhere.
+        """
         self._store, self._account = store, account
         self._cap = None if max_usd is None else int(max_usd * NANO)
+        with store._transaction(durable=True):
+            if store._db.execute("SELECT 1 FROM spending WHERE account = ?", (account,)).fetchone():
+                return
+            if opened_before:
+                raise ConfigError(
+                    f"network.cache: {store.path.parent} does not know what this run has spent on embeddings; name the "
+                    "cache that it began with, or start a new run"
+                )
+            store._db.execute("INSERT INTO spending (account, nano_usd) VALUES (?, 0)", (account,))
 
     def reserve(self, nano_usd: int) -> int:
         """Set an amount aside and return the number of the entry.

@@ -17,7 +17,14 @@ from jaxtyping import Float32
 
 from attention_guided_rl.config import EmbedderConfig
 from attention_guided_rl.embedders.cache import NANO, Ledger, VectorStore
-from attention_guided_rl.embedders.text import STORE, CutTexts, TextEmbedder, check_canaries, known_dimensions
+from attention_guided_rl.embedders.text import (
+    STORE,
+    CutTexts,
+    TextEmbedder,
+    check_canaries,
+    known_dimensions,
+    model_changed,
+)
 from attention_guided_rl.errors import AgrlError, ConfigError, CredentialsError, RemoteError, SpendError, UnsafeError
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network, Transient, is_loopback, retry_after, web_address
@@ -87,9 +94,10 @@ class OpenAIEncoder:
         self._network = network
         self.store = VectorStore(network.cache(STORE))
         known = MODELS[self._model][0] if _is_openai(url) and self._model in MODELS else None
-        known = known or known_dimensions(self.store, self.identity)
-        self._dimensions = config.dimensions or known  # None until the first reply
-        self.ledger = Ledger(self.store, network.account, config.max_usd)
+        self._stored_dimensions = known_dimensions(self.store, self.identity)
+        self._dimensions = config.dimensions or known or self._stored_dimensions  # None until the first reply
+        must_be_known = network.goes_on and self._nano_usd_per_token > 0
+        self.ledger = Ledger(self.store, network.account, config.max_usd, opened_before=must_be_known)
         http_client = network.client(str(url), trusted=True, redirects_to=())
         if _is_in_the_clear(url):
             http_client.event_hooks = {"request": [_without_secrets]}
@@ -124,17 +132,24 @@ class OpenAIEncoder:
 
         Raises:
             RemoteError, CredentialsError, SpendError: the service cannot be used; what came before is stored.
+            CheckpointError: twice in a row its vectors have the same length, which is not that of the stored ones.
         """
         self._network.require_online(f"a text for {self.identity}")
         self._cut_texts.note(sum(_cut(text) != text for text in texts))
         num_malformed = 0
+        last_length: int | None = None
 
         def attempt() -> Float32[np.ndarray, "M D"]:
-            nonlocal num_malformed
+            nonlocal num_malformed, last_length
             try:
                 return self._ask(texts)
             except _MalformedError as error:
                 num_malformed += 1
+                before, last_length = last_length, error.length
+                if self._stored_dimensions and error.length and error.length == before:  # no accident
+                    raise model_changed(
+                        self.identity, f"vectors of {error.length} dimensions instead of {self._stored_dimensions}"
+                    ) from error
                 if num_malformed == MAX_MALFORMED:
                     raise RemoteError(f"{self._model} at {self.host}: {error}, {MAX_MALFORMED} times") from error
                 raise Transient(str(error)) from error
@@ -185,7 +200,11 @@ class OpenAIEncoder:
 
 
 class _MalformedError(Exception):
-    """A reply that does not hold the vectors asked for."""
+    """A reply that does not hold the vectors asked for. `length`: theirs, where all have the same and it is wrong."""
+
+    def __init__(self, cause: str, length: int | None = None) -> None:
+        super().__init__(cause)
+        self.length = length
 
 
 def service_address(config: EmbedderConfig) -> httpx2.URL:
@@ -256,7 +275,8 @@ def _checked(reply: Any, num_texts: int, dimensions: int | None) -> Float32[np.n
         raise _MalformedError("embeddings of unequal length")
     vectors = np.stack([items[i] for i in range(num_texts)])
     if dimensions is not None and vectors.shape[1] != dimensions:
-        raise _MalformedError(f"embeddings of {vectors.shape[1]} dimensions instead of {dimensions}")
+        cause = f"embeddings of {vectors.shape[1]} dimensions instead of {dimensions}"
+        raise _MalformedError(cause, vectors.shape[1])
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not np.isfinite(norms).all() or (norms < 1e-6).any():
         raise _MalformedError("an embedding that is not finite, or zero")

@@ -163,16 +163,21 @@ def check_canaries(encoder: TextEncoder, store: VectorStore) -> None:
     same_size = all(len(stored[text]) == len(fresh[text]) for text in CANARIES)
     cosine = min(float(stored[text] @ fresh[text]) for text in CANARIES) if same_size else 0.0
     if cosine < MIN_CANARY_COSINE:
-        raise CheckpointError(
-            f"embedder: the model behind {encoder.identity} has changed (cosine {cosine:.3f} to its earlier vectors "
-            "for the same texts); earlier runs cannot go on with it, and a new run needs another network.cache"
-        )
+        raise model_changed(encoder.identity, f"cosine {cosine:.3f} to its earlier vectors for the same texts")
 
 
 def known_dimensions(store: VectorStore, identity: str) -> int | None:
     """Return the length of an encoder's vectors, known since its first start; None: it has not had one."""
     canaries = store.get(_canaries_of(identity), CANARIES)
     return len(next(iter(canaries.values()))) if canaries else None
+
+
+def model_changed(identity: str, how: str) -> CheckpointError:
+    """Return the error of an encoder that is not the one whose vectors are stored."""
+    return CheckpointError(
+        f"embedder: the model behind {identity} has changed ({how}); earlier runs cannot go on with it, and a new run "
+        "needs another network.cache"
+    )
 
 
 def _canaries_of(identity: str) -> str:

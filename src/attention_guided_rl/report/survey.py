@@ -55,6 +55,7 @@ def facts(found: Survey) -> list[tuple[str, str]]:
     of_other_splits = sum(places.by_split.values()) - places.articles
     near_duplicates = places.near_duplicates + places.near_duplicates_on_opening
     left_out = f"{places.empty:,} empty, {near_duplicates:,} near-duplicates"
+    left_out += f", {places.skipped_on_opening:,} titles without an article" if places.skipped_on_opening else ""
     with_key = f", {pairs.repeated_pairs:,} with its key" if pairs.repeated_values else ""
     rows = [
         ("places", f"{places.read:,} read, a whole pass" if places.whole_pass else f"the first {places.read:,} read"),
