@@ -86,7 +86,7 @@ def _unpacked_name(path: Path) -> Path:
 
 def _refuse_archive(path: Path) -> None:
     if path.suffix.lower() in ARCHIVES or kind_of(path) in ARCHIVES:
-        fix = "unpack it, and set corpus.path to a file or folder that is no archive and holds none"
+        fix = "unpack it, and leave it out of corpus.path"
         fix = "for a dump of a wiki set corpus.kind: dump" if path.stem.lower().endswith(".xml") else fix
         raise CorpusError(f"{path}: archives are not read; {fix}")
 
