@@ -55,7 +55,7 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
             f"With the text held equal, so that only the choice of pairs differs: {with_interval(choice)}; "
             f"{_choice(verdict(choice))}."
         )
-    simple = {b: c for (a, b), c in _pairs(summary) if a == "trained" and b != "untrained"}
+    simple = {b: c for (a, b), c in _pairs(summary) if a == "trained" and b and b != "untrained" and "/" not in b}
     groups = {word: [arm_label(b) for b, c in simple.items() if verdict(c) == word] for word in _AGAINST}
     parts = [f"{_AGAINST[word]} {_list(names)}" for word, names in groups.items() if names]
     if parts:
