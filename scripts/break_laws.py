@@ -68,8 +68,8 @@ MUTATIONS = (
     ),
     mistake(
         "context dropped from the query's log-probability", "law_05",
-        ("objective.py", "states = model.hidden(rows.ids, rows.role, rows.layout.query_positions)",
-         "states = model.hidden(rows.ids, torch.where(rows.step == 0, rows.role, 4), rows.layout.query_positions)"),
+        ("objective.py", "states = model.hidden(rows.ids, rows.role, wanted)",
+         "states = model.hidden(rows.ids, torch.where(rows.step == 0, rows.role, 4), wanted)"),
     ),
     mistake(
         "leave-one-out over the steps", "law_03",
@@ -108,17 +108,16 @@ MUTATIONS = (
     ),
     mistake(
         "query left out of its own reward", "law_02",
-        ("scorer.py", "    def _score(self, rows: TrajectoryBatch) -> Scores:\n",
-         "    def _score(self, rows: TrajectoryBatch) -> Scores:\n"
-         "        every = [self._blind(rows, step) for step in range(rows.num_steps)]\n"
-         "        seeing = self._see(rows)\n"
+        ("scorer.py", "    def _score(self, rows: TrajectoryBatch, request: BranchRequest) -> Scores:\n",
+         "    def _score(self, rows: TrajectoryBatch, request: BranchRequest) -> Scores:\n"
+         "        every = [self._blind(rows, request, step) for step in range(rows.num_steps)]\n"
+         "        seeing = self._see(rows, request)\n"
          "        values = torch.stack([every[t].value_logprobs[:, t] for t in range(rows.num_steps)], 1)\n"
-         "        return Scores(value_logprobs=values, query_hidden=seeing.query_hidden)\n\n"
-         "    def _blind(self, rows: TrajectoryBatch, step: int) -> Scores:\n"
-         "        from dataclasses import replace\n"
+         "        return replace(seeing, value_logprobs=values)\n\n"
+         "    def _blind(self, rows: TrajectoryBatch, request: BranchRequest, step: int) -> Scores:\n"
          "        hide = (rows.step == step) & (rows.role == 2)\n"
-         "        return self._see(replace(rows, role=torch.where(hide, PADDING, rows.role)))\n\n"
-         "    def _see(self, rows: TrajectoryBatch) -> Scores:\n"),
+         "        return self._see(replace(rows, role=torch.where(hide, PADDING, rows.role)), request)\n\n"
+         "    def _see(self, rows: TrajectoryBatch, request: BranchRequest) -> Scores:\n"),
     ),
     mistake(
         "LoRA B randomised", "law_03 or law_04",
@@ -157,8 +156,8 @@ MUTATIONS = (
     ),
     mistake(
         "temperature missing in the learner", "law_03 or law_05",
-        ("objective.py", "distribution = model.policy_logprobs(states, temperature)",
-         "distribution = model.policy_logprobs(states, 1.0)"),
+        ("objective.py", "distribution = model.policy_logprobs(states[:, : len(query)], temperature)",
+         "distribution = model.policy_logprobs(states[:, : len(query)], 1.0)"),
     ),
     mistake(
         "temperature missing in the reference's side of the KL", "law_04",
@@ -190,8 +189,71 @@ MUTATIONS = (
     ),
     mistake(
         "embedding by the policy", "law_08",
-        ("embedders/attention.py", "        with self._model.reference():\n            queries, keys",
-         "        if True:\n            queries, keys"),
+        ("embedders/attention.py", "frozen.enter_context(self._model.reference())", "pass"),
+    ),
+    # branches, rewards and estimators
+    mistake(
+        "branches see each other", "test_scorer: probes or candidates",
+        ("branching.py", "(own[:, :, :, None, :] & self._same[:, None, :, None])",
+         "(own[:, :, :, None, :] | ~self._same[:, None, :, None])"),
+    ),
+    mistake(
+        "counterfactual queries by the policy", "test_scorer: counterfactual and policy",
+        ("scorer.py", "        with self.model.reference():\n            if self.live:",
+         "        with contextlib.nullcontext():\n            if self.live:"),
+    ),
+    mistake(
+        "counterfactual after the step's own query", "test_scorer: counterfactual",
+        ("scorer.py", "        starts = query.view(rows.num_steps, -1)[:, 0]\n",
+         "        starts = query.view(rows.num_steps, -1)[:, 0] + layout.query_len\n"),
+    ),
+    mistake(
+        "probes scored one step late", "test_scorer: probes",
+        ("scorer.py", "layout.prompt_len + layout.step_len * torch.arange(times)",
+         "layout.prompt_len + layout.step_len * (torch.arange(times) - 1).clamp_min(0)"),
+    ),
+    mistake(
+        "held_out without its start", "test_reward: held_out",
+        ("reward.py", "baseline=curve[:, :1].expand_as(curve[:, 1:])", "baseline=torch.zeros_like(curve[:, 1:])"),
+    ),
+    mistake(
+        "levels summed as if they were increments", "test_rl_agent: levels",
+        ("rl_agent.py", "    return returns - left * before\n", "    return returns\n"),
+    ),
+    mistake(
+        "expectation with the weights of the wrong step", "law_03 and expectation",
+        ("reward.py", "rows.selection_logprobs[row, candidates.steps, candidates.pairs]",
+         "rows.selection_logprobs[row, 0 * candidates.steps, candidates.pairs]"),
+    ),
+    mistake(
+        "candidates that were read already", "test_scorer: candidates",
+        ("reward.py", "        unread.scatter_(1, picks_of_step, False)\n", ""),
+    ),
+    mistake(
+        "KL in the reward with its sign turned", "law_03 and penalty",
+        ("rl_agent.py", "returns = returns - config.kl.coefficient * compute_returns(kl, config.returns)",
+         "returns = returns + config.kl.coefficient * compute_returns(kl, config.returns)"),
+    ),
+    mistake(
+        "KL in the reward and in the loss", "law_03 and penalty",
+        ("objective.py", 'kl.coefficient if kl.place == "loss" else 0.0', "kl.coefficient"),
+    ),
+    mistake(
+        "a trained selection left out of the loss", "law_03 and trained",
+        ("objective.py", "loss = loss + selection_loss(batch.selection_logprobs, batch.advantages, "
+         "batch.num_query_tokens)", "pass"),
+    ),
+    mistake(
+        "the gradient through the reward turned round", "law_03 and whole",
+        ("rl_agent.py", "return -(weights[:, None] * value_logprobs)", "return (weights[:, None] * value_logprobs)"),
+    ),
+    mistake(
+        "a group filter with the SD of all rows", "test_rl_agent: group_filter",
+        ("rl_agent.py", "min_zscore * groups.std(1, keepdim=True)", "min_zscore * groups.std()"),
+    ),
+    mistake(
+        "an average that never moves", "test_scorer: average",
+        ("ema.py", "self._average[name].lerp_(parameter, 1 - self._decay)", "pass"),
     ),
     mistake(
         "control tokens in queries", "law_12",
@@ -220,8 +282,8 @@ MUTATIONS = (
     ),
     mistake(
         "random numbers by rank, not by article", "law_10 and two_processes",
-        ("trainer.py", "session.uniforms(Purpose.TRAINING, update, indices, group)",
-         "session.uniforms(Purpose.TRAINING, update, range(len(indices)), group)"),
+        ("trainer.py", "session.uniforms(Purpose.TRAINING, update, indices, rollout.trajectories)",
+         "session.uniforms(Purpose.TRAINING, update, range(len(indices)), rollout.trajectories)"),
     ),
     mistake(
         "advantages of the process's own rows only", "law_10 and two_processes",

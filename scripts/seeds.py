@@ -1,4 +1,4 @@
-"""Run one configuration with several seeds and print mean ± standard deviation over seeds.
+"""Run one configuration with several seeds; print mean ± standard deviation over seeds, and the table over articles.
 
     python scripts/seeds.py --name lora --seeds 0 1 2 --jobs 2 -- --training.updates 100
     python scripts/seeds.py --name shuffled --seeds 0 1 2 -- --training.shuffled_rewards true
@@ -15,6 +15,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rich.console import Console
+
+from attention_guided_rl.compare import read_evaluation, summarise_seeds
+from attention_guided_rl.report.tables import print_summary
+
 QUANTITIES = {
     "trained − untrained": lambda s: s["contrasts"]["trained-untrained"]["mean"],
     "choice gain": lambda s: s["choice_gain"]["mean"],
@@ -22,7 +27,11 @@ QUANTITIES = {
     "untrained": lambda s: s["arms"]["untrained"]["mean"],
     "subjects read, untrained": lambda s: s["arms"]["untrained"].get("subjects"),
     "subjects read, trained": lambda s: s["arms"]["trained"].get("subjects"),
+    "agreement": lambda s: s["contrasts"].get("agreement", {}).get("mean"),
+    "probe area, trained": lambda s: s["arms"]["trained"].get("probe_area"),
+    "probe area, untrained": lambda s: s["arms"]["untrained"].get("probe_area"),
     "oracle gap closed": lambda s: s["oracle_gap_closed"],
+    "possible gap closed": lambda s: s["possible_gap_closed"],
 }
 
 
@@ -66,6 +75,7 @@ def main() -> None:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         print(f"  {quantity:26s} {statistics.mean(values):+.3f} ± {spread:.3f}   {[round(v, 3) for v in values]}")
     print(f"  {'training, seconds':26s} {statistics.mean(seconds):.0f}   {[round(s) for s in seconds]}")
+    print_summary(Console(width=120), summarise_seeds([read_evaluation(folder) for folder in folders]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line: exit codes, one line for everything that is wrong, and nothing left behind."""
 
 import contextlib
+import gzip
 import json
 import os
 import shlex
@@ -195,6 +196,13 @@ BAD_INPUT = {
         lambda d: ["--evaluation.articles", "1", "--evaluation.corpus.kind", "files",
                    "--evaluation.corpus.path", file(d, "a.txt", b"The sea rises.")],
         "pairs",
+    ),
+    "archive": (3, lambda d: texts(d, "a.zip", b"PK"), "unpack it"),
+    "truncated gzip": (3, lambda d: texts(d, "a.txt.gz", gzip.compress(PROSE)[:-9]), "a.txt.gz"),
+    "entities in a dump": (
+        3,
+        lambda d: ["--corpus.kind", "dump", "--corpus.path", file(d, "d.xml", b'<!DOCTYPE a [<!ENTITY b "c">]><a/>')],
+        "entities may expand",
     ),
     "damaged dump": (
         3, lambda d: ["--corpus.kind", "dump", "--corpus.path", file(d, "d.xml.bz2", b"BZh91AY&SY no")], "d.xml.bz2"
@@ -553,7 +561,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_resuming_completes(agrl):
     updates = [json.loads(line)["update"] for line in metrics.read_text(encoding="utf-8").splitlines()]
     assert updates == list(range(1, done + 2))
     assert sorted(p.name for p in (agrl.runs / "a" / "checkpoints").iterdir()) == [
-        f"update-{done:06d}", f"update-{done + 1:06d}",
+        "update-000000", f"update-{done:06d}", f"update-{done + 1:06d}",
     ]  # fmt: skip
 
 

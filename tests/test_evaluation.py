@@ -1,18 +1,25 @@
 """Evaluation: who picks what, on equal terms, and what the summary makes of it."""
 
 import json
+import statistics
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, tensor
 
+from attention_guided_rl.arms import run_arms
 from attention_guided_rl.branching import branch_logprobs
 from attention_guided_rl.config import Config
 from attention_guided_rl.config_files import load_config
 from attention_guided_rl.distributed import Processes
-from attention_guided_rl.evaluation import evaluation_records, run_arms, summarise, with_key_text
+from attention_guided_rl.errors import CorpusError
+from attention_guided_rl.evaluation import evaluation_records
+from attention_guided_rl.headroom import Headroom, measure_headroom, permute_values, random_order_rewards
 from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.oracle import oracle_rows
+from attention_guided_rl.order_files import OrderLine, picks_of_orders
+from attention_guided_rl.pickers import replay
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import (
     PADDING,
@@ -24,7 +31,10 @@ from attention_guided_rl.records import (
     TrajectoryBatch,
     has_padding,
 )
+from attention_guided_rl.selection import sample
 from attention_guided_rl.session import Session
+from attention_guided_rl.summary import area_under, summarise
+from attention_guided_rl.texts import first_of_subject, with_key_text
 
 # -- the summary, on records typed by hand -----------------------------------------------------------------------------
 
@@ -394,6 +404,262 @@ def forced_rewards(session: Session, pool: PairPool, prior: Tensor, orders: list
     with session.model.reference():
         rows = session.rollout(pool, numbers, lambda env, logprobs, uniform: complete[:, next(step)])
     return session.pay_for_evaluation(with_key_text(session, rows, pool), pool, prior=prior).rewards.rewards
+
+
+@pytest.mark.parametrize("overrides", [{}, {"reward.kind": "counterfactual"}], ids=["value_prior", "counterfactual"])
+def test_a_beam_as_wide_as_all_beginnings_finds_the_best_order(make_session, overrides):
+    """All 5·4 orders of two pairs fit a beam of 20, so it is an exhaustive search."""
+    session = make_session(EVALUATION | {"rollout.steps": 2} | overrides)
+    pool = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL).next_pool(2)
+    q0 = session.counterfactual_uniforms(Purpose.EVALUATION_COUNTERFACTUAL, 0, range(2), 1)
+    prior = session.reference_scorer.prior(pool, session.template)
+
+    def paid(rows: TrajectoryBatch) -> Tensor:
+        return session.pay_for_evaluation(rows, pool, q0, prior=prior).rewards.rewards.mean(1)
+
+    every = [paid(forced_rows(session, pool, [[i, j]] * 2)) for i in range(5) for j in range(5) if i != j]
+    best = torch.stack(every).max(0).values
+    torch.testing.assert_close(paid(oracle_rows(session, pool, prior, q0, width=20)), best, atol=2e-5, rtol=0)
+    assert bool((paid(oracle_rows(session, pool, prior, q0)) <= best + 2e-5).all())
+
+
+def forced_rows(session: Session, pool: PairPool, orders: list[list[int]]) -> TrajectoryBatch:
+    """Rows of these orders with own-key text."""
+    numbers = session.uniforms(Purpose.EVALUATION, 0, range(len(orders)), 1)
+    with session.model.reference():
+        return with_key_text(session, session.rollout(pool, numbers, replay(tensor(orders))), pool)
+
+
+# -- the battery -------------------------------------------------------------------------------------------------------
+
+
+def perturbed(session: Session) -> Session:
+    """Move the policy away from the reference."""
+    numbers = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in session.model.named_trainable().values():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=numbers)
+    return session
+
+
+def battery(session: Session, *names: str) -> dict[str, list]:
+    found: dict[str, list] = {}
+    for batch in run_arms(session, ["trained", "untrained", "planted"], battery=names):
+        for result in batch.results:
+            found.setdefault(result.arm, []).append((result.paid, batch.pool, batch.prior))
+    return found
+
+
+def queries(results: list) -> list[list[list[int]]]:
+    return [row for paid, _, _ in results for row in paid.rows.query_slots()[0].tolist()]
+
+
+def test_the_two_by_two_replays_picks_and_rewrites_the_text(make_session):
+    session = perturbed(make_session(EVALUATION))
+    arms = battery(session, "trained/untrained", "untrained/trained")
+    assert picks(arms["trained"]) != picks(arms["untrained"])
+    assert picks(arms["trained/untrained"]) == picks(arms["trained"])
+    assert picks(arms["untrained/trained"]) == picks(arms["untrained"])
+    for own, rewritten in (("untrained", "trained/untrained"), ("trained", "untrained/trained")):
+        first = [row[0] for row in queries(arms[own])]  # the same writer, numbers and context: only the prompt
+        assert [row[0] for row in queries(arms[rewritten])] == first
+    assert queries(arms["trained/untrained"]) != queries(arms["trained"])
+
+
+def test_before_training_the_two_by_two_is_one_arm_four_times(make_session):
+    arms = battery(make_session(EVALUATION), "trained/untrained", "untrained/trained")
+    for name in ("trained", "trained/untrained", "untrained/trained"):
+        assert torch.equal(mean_rewards(arms[name]), mean_rewards(arms["untrained"]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_text_others_text_and_one_text_whatever_the_batch(make_session, size):
+    session = perturbed(make_session(EVALUATION | {"evaluation.batch_articles": size}))
+    arms = battery(session, "trained/none", "trained/shuffled", "trained/fixed")
+    own = queries(arms["trained"])
+    assert queries(arms["trained/shuffled"]) == [
+        own[1],
+        own[0],
+        own[1],
+    ]  # of the article before; the first: the second's
+    assert queries(arms["trained/fixed"]) == [[queries(arms["untrained"])[0][0]] * 3] * 3
+    for paid, _, _ in arms["trained/none"]:
+        assert not (paid.rows.role == QUERY).any()
+    for name in ("trained/none", "trained/shuffled", "trained/fixed"):
+        assert picks(arms[name]) == picks(arms["trained"])
+
+
+def test_the_first_pair_of_a_subject_is_the_one_no_step_before_was_about():
+    assert first_of_subject([[2, 2, 0, 2, 1], [4, 3, 4, 3, 3]]).tolist() == [
+        [True, False, True, False, True], [True, True, False, False, False],
+    ]  # fmt: skip
+
+
+def test_possible_text_is_the_key_but_where_nobody_can_name_it():
+    """There the untrained model writes, step by step in that very context: checked against writing one row by hand."""
+    session = Session(demo("threads"), Processes("cpu"))
+    arms = battery(session, "planted/possible")
+    ((paid, pool, _),) = arms["planted/possible"]
+    ((planted, _, _),) = arms["planted/key"]
+    numbers = session.uniforms(Purpose.EVALUATION, 0, range(3), 1).float()
+    ids, mask = paid.rows.query_slots()
+    key_ids, key_mask = planted.rows.query_slots()
+    layout, temperature = paid.rows.layout, session.config.rollout.temperature
+    for b in range(3):
+        seen: set[int] = set()
+        for t, pick in enumerate(paid.rows.picks[b].tolist()):
+            subject = int(pool.subject[b, pick])
+            if subject in seen:
+                assert ids[b, t][mask[b, t]].tolist() == key_ids[b, t][key_mask[b, t]].tolist()
+                continue
+            seen.add(subject)
+            start = layout.prompt_len + t * layout.step_len + layout.before_query_len
+            row = paid.rows.ids[b, :start][paid.rows.role[b, :start] != PADDING]
+            for i in range(3):
+                states = session.model.hidden(row[None], torch.full_like(row, TEMPLATE)[None], tensor([len(row)]))
+                with torch.no_grad():
+                    token = sample(session.model.policy_logprobs(states[:, -1], temperature), numbers[b : b + 1, t, i])
+                assert int(ids[b, t, i]) == int(token)
+                row = torch.cat([row, token])
+
+
+def test_a_live_scorer_scores_both_writers_beside_the_reference(make_session):
+    session = perturbed(make_session(EVALUATION | {"reward.scorer": "policy"}))
+    rows = [
+        r
+        for batch in run_arms(session, ["trained", "untrained"], battery=["trained/untrained"])
+        for r in evaluation_records(session, batch, 1)
+    ]
+    scorers = {r["arm"]: r["scorer"] for r in rows}
+    assert {arm for arm, scorer in scorers.items() if scorer == "policy"} == {"trained@live", "untrained@live"}
+    by_arm = {arm: [r["reward"] for r in rows if r["arm"] == arm] for arm in scorers}
+    assert by_arm["untrained@live"] != by_arm["untrained"]
+    contrasts = summarise(rows, held_out=True)["contrasts"]
+    gain = sum(a - b for a, b in zip(by_arm["trained@live"], by_arm["untrained@live"], strict=True)) / 3
+    assert contrasts["policy"]["mean"] == pytest.approx(gain)
+    drift = sum(a - b for a, b in zip(by_arm["untrained@live"], by_arm["untrained"], strict=True)) / 3
+    assert contrasts["drift"]["mean"] == pytest.approx(drift)
+
+
+def test_agreement_is_the_interaction_of_picks_and_text():
+    table = {
+        "trained": [5.0, 9.0], "untrained": [1.0, 2.0],
+        "trained/untrained": [2.0, 3.0], "untrained/trained": [3.0, 3.0],
+    }  # fmt: skip
+    agreement = summarise(records(table), held_out=True)["contrasts"]["agreement"]  # 5 − 2 − 3 + 1, 9 − 3 − 3 + 2
+    assert {k: agreement[k] for k in ("mean", "low", "high", "p")} == {"mean": 3.0, "low": 1.0, "high": 5.0, "p": 0.5}
+
+
+def test_the_area_under_the_probe_curve_is_what_was_learned_on_average_over_steps():
+    rows = [
+        record("trained", "a", 1.0) | {"probe_curve": [-4.0, -3.0, -1.0]},  # + 1, + 3
+        record("trained", "b", 1.0, index=1) | {"probe_curve": [-2.0, -2.0, -1.0]},  # 0, + 1
+        record("random", "a", 1.0) | {"probe_curve": None},
+    ]
+    arms = summarise(rows, held_out=True)["arms"]
+    assert arms["trained"]["probe_curve"] == [-3.0, -2.5, -1.0]
+    assert arms["trained"]["probe_area"] == pytest.approx((0.5 + 2.0) / 2)
+    assert "probe_area" not in arms["random"]
+
+
+def test_probe_curves_have_a_point_before_the_first_pair_and_one_after_each(make_session):
+    session = make_session(EVALUATION | {"reward.kind": "held_out"})
+    for batch in run_arms(session, ["random"]):
+        for r in evaluation_records(session, batch, 0):
+            start, *rest = r["probe_curve"]
+            assert len(rest) == 3
+            # held_out pays the curve's rise, so its mean is the area under it
+            assert r["reward"] == pytest.approx(area_under(r["probe_curve"]), abs=1e-5)
+            assert r["reward"] == pytest.approx(sum(rest) / 3 - start, abs=1e-5)
+
+
+# -- orders from a file ------------------------------------------------------------------------------------------------
+
+
+def orders_of(pool: PairPool, orders: list[list[int]]) -> list[OrderLine]:
+    return [
+        OrderLine(
+            article=pool.articles[a].id, hash=pool.pair_ids[a][0].rpartition("-")[0],
+            pairs=tuple(pool.pair_ids[a][j] for j in order),
+        )
+        for a, order in enumerate(orders)
+    ]  # fmt: skip
+
+
+def test_orders_are_matched_by_article_and_pair_whatever_their_place_in_the_file(make_session):
+    session = make_session(EVALUATION)
+    pool = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL).next_pool(3)
+    orders = [[4, 0, 2], [1, 3, 0], [2, 1, 4]]
+    found = picks_of_orders(orders_of(pool, orders)[::-1], pool, 3, "orders.jsonl")
+    assert [row.tolist() for row in found] == orders
+    batches = run_arms(session, [], orders={"mine": found})
+    results = [r for batch in batches for r in batch.results]
+    assert [r.arm for r in results] == ["mine", "mine/key"] * 2
+    assert [row for r in results if r.arm == "mine/key" for row in r.paid.rows.picks.tolist()] == orders
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"article": "another"}, "no order for article"),
+        ({"hash": "0" * 16}, "another text"),
+        ({"pairs": ("x-1", "x-2", "x-3")}, "'x-1' is not in this evaluation's pool"),
+        ({"pairs": ()}, "0 pairs, 0 of them different; the evaluation reads 3"),
+    ],
+)
+def test_an_order_that_does_not_fit_is_refused(make_session, change, complaint):
+    session = make_session(EVALUATION)
+    pool = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL).next_pool(2)
+    lines = orders_of(pool, [[0, 1, 2], [2, 1, 0]])
+    lines[1] = lines[1].model_copy(update=change)
+    with pytest.raises(CorpusError, match=complaint):
+        picks_of_orders(lines, pool, 3, "orders.jsonl")
+
+
+# -- headroom ----------------------------------------------------------------------------------------------------------
+
+
+def test_permuted_values_come_from_other_articles_and_leave_keys_in_place(make_session):
+    session = make_session(EVALUATION)
+    pool = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL).next_pool(3)
+    permuted = permute_values(pool)
+    assert torch.equal(permuted.key_ids, pool.key_ids)
+    for a in range(3):
+        for n in range(5):
+            assert torch.equal(permuted.value_ids[a, n], pool.value_ids[(a + 1 + n % 2) % 3, n])
+    assert sorted(permuted.value_ids.flatten().tolist()) == sorted(pool.value_ids.flatten().tolist())
+
+
+def test_headroom_puts_the_searches_beside_their_floor_and_random_orders_beside_their_spread(make_session, capsys):
+    session = make_session(EVALUATION | {"evaluation.oracle": True})
+    result = measure_headroom(session)
+    assert {"oracle", "beam", "permuted/oracle", "permuted/beam", "article_order/key"} <= set(result.contrasts)
+    lead = result.contrasts["oracle"]["mean"] - result.contrasts["permuted/oracle"]["mean"]
+    assert result.above_floor["oracle"]["mean"] == pytest.approx(lead)
+    pool = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL).next_pool(3)
+    variances = [statistics.variance(row) for row in random_order_rewards(session, pool).tolist()]
+    assert result.random_order_sd == pytest.approx((sum(variances) / 3) ** 0.5, rel=1e-4)
+    assert result.verdict in " ".join(capsys.readouterr().out.split())
+
+
+def found(simple: float, search: float | None) -> Headroom:
+    def c(low: float) -> dict[str, float]:
+        return {"mean": low + 1, "low": low, "high": low + 2, "p": 0.5}
+
+    above = {} if search is None else {"oracle": c(search)}
+    leads = {"article_order/key": c(simple), "oracle": c(9.0), "planted_shuffled/key": c(9.0)}
+    return Headroom(contrasts=leads, random_order_sd=0.1, above_floor=above, steerability=1.0)
+
+
+@pytest.mark.parametrize(
+    ("simple", "search", "verdict"),
+    [
+        (0.02, None, "there is something to learn"), (-0.1, 0.02, "may be something to learn"),
+        (0.0, 0.0, "no more than its noise floor"), (-1.0, None, "Nothing to learn"),
+    ],
+)  # fmt: skip
+def test_headroom_says_plainly_when_there_is_nothing_to_learn(simple, search, verdict):
+    assert verdict in found(simple, search).verdict
 
 
 # -- records -----------------------------------------------------------------------------------------------------------

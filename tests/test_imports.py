@@ -18,9 +18,9 @@ LAYERS = [
     for layer in """
     errors records randomness selection statistics secrets memory data.wikitext data.plain_text report
         report.figures report.log_lines report.verdict report.audit
-    config model distributed reward storage tables data.corpus report.trajectories
+    config model distributed reward storage tables data.corpus data.text_files report.trajectories report.tables summary
     config_files rl_agent environment template loading tracking network data.hygiene data.encyclopedia
-        data.article_cache report.drawing report.run_files
+        data.article_cache report.drawing report.run_files compare
     branching ema data.hub_dataset data.multistream data.mediawiki_reply report.html
     objective data.mediawiki data.dump_xml
     data.files data.dump data.hub data.wikipedia data.pairs embedders.cache
@@ -28,9 +28,11 @@ LAYERS = [
     sizes embedders.openai embedders.sentence_transformers
     embedders
     session checkpoint
-    update oracle diagnostics
-    trainer evaluation trial report.terminal
-    runs ordering headroom doctor dry_run survey
+    update oracle pickers diagnostics
+    trainer texts trial report.terminal
+    arms ordering order_files
+    evaluation
+    runs headroom doctor dry_run survey
     report.survey
     cli
     __main__ PACKAGE

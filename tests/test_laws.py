@@ -25,6 +25,7 @@ from torch import tensor
 import attention_guided_rl
 from attention_guided_rl import config as config_module
 from attention_guided_rl import runs
+from attention_guided_rl.arms import run_arms
 from attention_guided_rl.config import (
     Config,
     EmbedderConfig,
@@ -43,7 +44,7 @@ from attention_guided_rl.data.pairs import cut_article
 from attention_guided_rl.embedders.attention import AttentionEmbedder
 from attention_guided_rl.environment import ReadingEnvironment, embed_pool_keys, picked_logprobs
 from attention_guided_rl.errors import ConfigError
-from attention_guided_rl.evaluation import evaluation_records, run_arms, with_key_text
+from attention_guided_rl.evaluation import evaluation_records
 from attention_guided_rl.loading import load_model, prepare
 from attention_guided_rl.network import Network
 from attention_guided_rl.objective import policy_gradient
@@ -80,6 +81,7 @@ from attention_guided_rl.rollouts import rollout
 from attention_guided_rl.scorer import SCORERS, reference_scorer
 from attention_guided_rl.selection import head_scores, sample, selection_logprobs
 from attention_guided_rl.template import Template, assemble, build_template
+from attention_guided_rl.texts import with_key_text
 from attention_guided_rl.update import apply_update, make_optimizer
 
 SHAPES = ("llama", "qwen3", "gpt2")

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from attention_guided_rl import runs
+from attention_guided_rl.arms import run_arms
 from attention_guided_rl.config_files import load_config
-from attention_guided_rl.evaluation import evaluation_records, run_arms, summarise
+from attention_guided_rl.evaluation import evaluation_records
+from attention_guided_rl.summary import summarise
 
 SMALL = {
     "corpus.subjects": 4,

@@ -1,5 +1,6 @@
 """The training loop where things go wrong: numbers that are not finite, changed logs, a run that is extended."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -7,11 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from failing import FailingEmbedder
 from safetensors.torch import load_file
 
 from attention_guided_rl import runs
-from attention_guided_rl.checkpoint import checkpoint_path
-from attention_guided_rl.errors import CheckpointError, NumericError
+from attention_guided_rl.checkpoint import checkpoint_path, latest_checkpoint
+from attention_guided_rl.config import LogConfig
+from attention_guided_rl.distributed import Processes
+from attention_guided_rl.errors import CheckpointError, NumericError, SpendError, StorageError
+from attention_guided_rl.records import Article
+from attention_guided_rl.session import Session
+from attention_guided_rl.tracking import RunLogs
+from attention_guided_rl.trainer import train
 
 POISON = '''
 from dataclasses import replace
@@ -114,3 +122,69 @@ def test_pairs_and_sources_are_listed_once(make_config, tmp_path):
     attribution = (tmp_path / "run" / "ATTRIBUTION.md").read_text(encoding="utf-8")
     assert attribution.count("https://example.org/One") == 1
     assert "CC BY-SA 4.0" in attribution
+
+
+@pytest.mark.parametrize("finished", [0, 2])
+def test_what_the_network_ends_loses_no_finished_update(make_config, tmp_path, monkeypatch, finished):
+    """Whenever corpus or embedder give up, the run goes on from the update before, to the same end."""
+    config = make_config({"embedder.kind": "failing:FailingEmbedder"})
+    runs.train(config, tmp_path / "whole")
+    monkeypatch.setattr(FailingEmbedder, "calls", 0)
+    # 8 pools are looked at before; an update has 3 batches of queries and, for the steerability, 2 of keys as queries
+    monkeypatch.setenv("FAIL_AT", str(8 + 5 * finished + 4))
+    with pytest.raises(SpendError):
+        runs.train(config, tmp_path / "broken")
+    assert latest_checkpoint(tmp_path / "broken").name == f"update-{finished:06d}"
+    assert len((tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()) == finished
+    monkeypatch.delenv("FAIL_AT")
+    runs.train(config, tmp_path / "broken", resume=True)
+    for name in ("trajectories.jsonl", "pairs.jsonl"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+class Witness(Processes):
+    """Writes down when processes would meet and when they would enter a collective."""
+
+    def __init__(self):
+        super().__init__("cpu")
+        self.events = []
+
+    def rendezvous(self, error=None):
+        self.events.append("meet")
+        super().rendezvous(error)
+
+    def gather_rows(self, rows):
+        self.events.append("collective")
+        return super().gather_rows(rows)
+
+    def sum_(self, tensors):
+        self.events.append("collective")
+        super().sum_(tensors)
+
+
+def test_no_collective_waits_for_the_network(make_config, tmp_path):
+    """In an update everything is embedded first, then the processes meet, and only then come collectives."""
+    config = make_config({"embedder.kind": "failing:FailingEmbedder", "training.updates": 2})
+    witness = Witness()
+    session = Session(config, witness)
+    for name in ("embed_queries", "embed_keys"):
+        embed = getattr(session.embedder, name)
+
+        def watched(ids, mask, embed=embed):
+            witness.events.append("network")
+            return embed(ids, mask)
+
+        setattr(session.embedder, name, watched)
+    (tmp_path / "run").mkdir()
+    witness.events.clear()
+    train(session, tmp_path / "run")
+    shape = [event for event, _ in itertools.groupby(witness.events)]
+    assert shape == ["network", "meet", "collective"] * 2
+
+
+def test_attribution_that_cannot_be_written_is_a_matter_of_storage(tmp_path):
+    article = Article(id="a", title="Mill", text="", source="w", revision="1", url="u", licence="CC BY-SA 4.0")
+    with RunLogs(tmp_path, LogConfig()) as logs:
+        (tmp_path / "ATTRIBUTION.md").mkdir()
+        with pytest.raises(StorageError, match=r"ATTRIBUTION\.md"):
+            logs.attribute([article])

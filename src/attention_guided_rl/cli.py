@@ -151,7 +151,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--runs-folder", metavar="FOLDER", type=Path, default=Path("runs"))
 
     evaluate = add("evaluate", _evaluate, "measure a run against simple readers", configurable=False)
-    evaluate.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/demo-20260101T000000")
+    evaluate.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder; several: seeds of one setting")
+    evaluate.add_argument(
+        "--arms", metavar="file:FILE", action="append", default=[], help="also measure the orders of an orders.jsonl"
+    )
+
+    compare = add("compare", _compare, "compare evaluated runs article by article", configurable=False)
+    compare.add_argument(
+        "runs", metavar="RUN", nargs="+", help="RUN RUN, or RUN … vs RUN … (the seeds of two settings)"
+    )
 
     report = add("report", _report, "write one page to look at about a run", configurable=False)
     report.add_argument("run", metavar="RUN", type=Path, help="run folder")
@@ -219,7 +227,23 @@ def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def _evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from attention_guided_rl import runs
 
-    runs.evaluate(options.run, overrides)
+    if any(not arm.startswith("file:") for arm in options.arms):
+        raise ConfigError("command line: --arms takes file:FILE; the arms of ours are chosen with --evaluation.arms")
+    runs.evaluate_seeds(options.runs, overrides, [Path(arm.removeprefix("file:")) for arm in options.arms])
+    return 0
+
+
+def _compare(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from rich.console import Console
+
+    from attention_guided_rl.compare import compare_runs, read_evaluation, split_groups
+    from attention_guided_rl.report.tables import print_comparison
+
+    if overrides:
+        raise ConfigError(f"command line: compare reads finished evaluations; --{next(iter(overrides))} has no effect")
+    ours, theirs = split_groups(options.runs)
+    comparison = compare_runs([read_evaluation(run) for run in ours], [read_evaluation(run) for run in theirs])
+    print_comparison(Console(soft_wrap=True), comparison)
     return 0
 
 

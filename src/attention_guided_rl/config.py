@@ -494,6 +494,9 @@ class EvaluationConfig:
     """Articles evaluated at once; results do not depend on it."""
     oracle: bool = True
     """Also run the greedy search, which scores every unread pair at every step."""
+    arms: Literal["standard", "all"] = "standard"
+    """`standard`: every picker with its own and with own-key text; `all`: also the arms that take a gain apart
+    (`agrl evaluate` runs them unless told otherwise)."""
 
     def __post_init__(self) -> None:
         _require(self.articles >= 0, f"evaluation.articles must not be negative, got {self.articles}")

@@ -14,7 +14,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, distributed
 
-from attention_guided_rl.errors import ConfigError
+from attention_guided_rl import errors
+from attention_guided_rl.errors import AgrlError, ConfigError
 
 MEETING_INTERVAL = 0.002  # seconds between looks at who has come
 
@@ -86,19 +87,35 @@ class Processes:
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def rendezvous(self) -> None:
+    def rendezvous(self, error: AgrlError | None = None) -> None:
         """Wait until every process is here, without a collective: one may be busy with the network for minutes.
 
         A collective that waits longer than its backend's timeout ends the run; this only ends with the processes.
+        An error that one process brings along is raised on all, so that none waits for another that has gone.
         """
-        if self.count == 1:
-            return
-        self._meetings += 1
-        store = distributed.distributed_c10d._get_default_store()
-        store.set(f"agrl/{self._meetings}/{self.rank}", "here")
-        for rank in range(self.count):
-            while not store.check([f"agrl/{self._meetings}/{rank}"]):
-                time.sleep(MEETING_INTERVAL)
+        if self.count > 1:
+            self._meetings += 1
+            store = distributed.distributed_c10d._get_default_store()
+            word = "" if error is None else f"{type(error).__name__} {error}"
+            store.set(f"agrl/{self._meetings}/{self.rank}", f"here {word}")
+            for rank in range(self.count):
+                while not store.check([f"agrl/{self._meetings}/{rank}"]):
+                    time.sleep(MEETING_INTERVAL)
+                name, _, message = store.get(f"agrl/{self._meetings}/{rank}").decode()[len("here ") :].partition(" ")
+                if name and error is None:
+                    error = getattr(errors, name, AgrlError)(f"process {rank}: {message}")
+        if error is not None:
+            raise error
+
+    @contextlib.contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Do what may take minutes of network, on all processes, and meet afterwards; one's error is raised on all."""
+        error = None
+        try:
+            yield
+        except AgrlError as caught:
+            error = caught
+        self.rendezvous(error)
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:

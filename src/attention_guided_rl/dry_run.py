@@ -5,18 +5,19 @@ Counts are upper bounds: a text that was embedded before, or that comes up twice
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 from rich.console import Console
 from rich.table import Table
 
 from attention_guided_rl.config import Config
+from attention_guided_rl.data import open_corpus
 from attention_guided_rl.embedders import EMBEDDERS
 from attention_guided_rl.embedders.text import CANARIES
-from attention_guided_rl.evaluation import PICKERS
 from attention_guided_rl.loading import load_tokenizer
 from attention_guided_rl.model import encode_text
 from attention_guided_rl.network import Network
+from attention_guided_rl.pickers import PICKERS
 from attention_guided_rl.session import PREPARED_ARTICLES
 from attention_guided_rl.sizes import context_tokens, only_article, resolve_sizes
 from attention_guided_rl.tables import resolve
@@ -64,7 +65,10 @@ def planned_embeddings(
     ]  # fmt: skip
     if (embedder.query_prompt or "") != (embedder.key_prompt or ""):
         plan.append(_each("keys as queries", steered, "keys", pairs.key_tokens + before_query))
-    written = len(PICKERS) * evaluation.articles * num_steps  # every picker but the search writes queries of its own
+    rewritten = 2 if evaluation.arms == "all" else 0  # trained/untrained and untrained/trained
+    others = 3 if evaluation.arms == "all" and evaluation.articles else 0  # rows from which other texts are taken
+    arms = len(PICKERS) + rewritten  # every picker but the search writes queries of its own
+    written = (arms * evaluation.articles + others) * num_steps
     return [
         *plan,
         _each("queries of the evaluation", written, "queries", q),
@@ -85,12 +89,12 @@ def dry_run(config: Config, console: Console) -> None:
         console.print(f"embedder {config.embedder.kind}: computed on this machine; no text is sent anywhere")
         return
     host, usd_per_million = price(config.embedder)
-    network = Network(config.network)
+    opened = cache(partial(open_corpus, network=Network(config.network)))
     tokenizer = load_tokenizer(config.model, offline=config.network.offline)
     encode = partial(encode_text, tokenizer)
     template = build_template(tokenizer, config.template)
-    num_pairs, num_steps = resolve_sizes(config, template, encode, network, context_tokens(config))
-    distinct = None if config.corpus.title is None else len(only_article(config, encode, network).pairs)
+    num_pairs, num_steps = resolve_sizes(config, template, encode, opened, context_tokens(config))
+    distinct = None if config.corpus.title is None else len(only_article(config, encode, opened).pairs)
     plan = planned_embeddings(config, num_pairs, num_steps, distinct, lambda text: len(encode(text)))
     table = Table("at most", "texts", "tokens", "that is", box=None, pad_edge=False, header_style="bold")
     for column in (1, 2):

@@ -1,179 +1,91 @@
-"""Evaluation: does the learned reading beat simple ones? Every arm on the same articles, pools and random numbers.
+"""Evaluation: run every arm on a run's policy, and leave records that others can read and compute with.
 
-An arm `picker/text` combines a way to choose pairs with the text that stands in the query slots. In: a session with a
-trained policy, and held-out articles. Out: one record per arm and article, and a summary with paired intervals over
-articles. The scorer is the frozen reference, whatever training used.
+In: a session and its run folder. Out: evaluation.jsonl, evaluation.json (which `summary.py` computes from it alone),
+the trajectories that a model wrote, the figure and the table.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
+from rich.console import Console
 from torch import Tensor
 
-from attention_guided_rl.config import CorpusConfig
-from attention_guided_rl.data.encyclopedia import planted_pick
-from attention_guided_rl.environment import Picker, ReadingEnvironment, sampled_pick
-from attention_guided_rl.oracle import key_queries, oracle_rows
-from attention_guided_rl.randomness import Purpose, generator
-from attention_guided_rl.records import PairPool, TrajectoryBatch, slot
-from attention_guided_rl.selection import sample
-from attention_guided_rl.session import PaidRows, Session
-from attention_guided_rl.statistics import bootstrap_mean, holm, sign_flip_p, smallest_detectable
-from attention_guided_rl.template import assemble
-
-PICKERS = ("trained", "untrained", "random", "article_order", "easy_to_hard", "nearest_key", "planted")
-CONTRASTS = (
-    ("trained", "untrained"), ("trained", "random"), ("trained", "article_order"), ("trained", "easy_to_hard"),
-    ("trained", "nearest_key"), ("trained/key", "untrained/key"), ("planted/key", "random/key"),
-)  # fmt: skip
+from attention_guided_rl.arms import BATTERY, OWN_TEXT, ArmResult, EvaluationBatch, run_arms
+from attention_guided_rl.checkpoint import latest_checkpoint, verify
+from attention_guided_rl.pickers import PICKERS
+from attention_guided_rl.records import PairPool
+from attention_guided_rl.report.figures import plot_run
+from attention_guided_rl.report.html import write_report
+from attention_guided_rl.report.tables import print_summary
+from attention_guided_rl.reward import probe_curve
+from attention_guided_rl.session import Session
+from attention_guided_rl.storage import write_text
+from attention_guided_rl.summary import summarise
+from attention_guided_rl.tracking import RunLogs, pair_records, trajectory_records
 
 
-@dataclass(frozen=True, slots=True)
-class ArmResult:
-    """One arm on one pool of articles, one trajectory each."""
+def evaluate_run(
+    session: Session,
+    folder: Path,
+    update: int,
+    console: Console,
+    orders: Mapping[str, Sequence[Int[Tensor, " S"]]] | None = None,
+) -> dict[str, Any]:
+    """Run all arms, write evaluation.jsonl, evaluation.json and the figure, print the table, return the summary.
 
-    arm: str
-    paid: PaidRows
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationBatch:
-    """Some held-out articles and what every arm made of them."""
-
-    pool: PairPool
-    prior: Float[Tensor, "A N"]
-    first_index: int
-    results: tuple[ArmResult, ...]
-
-
-def run_arms(
-    session: Session, pickers: Sequence[str], *, corpus: CorpusConfig | None = None
-) -> Iterator[EvaluationBatch]:
-    """Run arms on `evaluation.articles` articles, a batch at a time: each picker's own text, and own-key text.
-
-    `planted` is left out where the corpus has no subjects. Arms with picks of their own policy come first.
+    `orders`: further pickers by name, each with the picks of every evaluation article.
     """
-    evaluation = session.config.evaluation
-    corpus = corpus or evaluation.corpus or session.config.corpus
-    stream = session.stream(corpus, num_probes=evaluation.num_probes, purpose=Purpose.EVALUATION_POOL)
-    for start in range(0, evaluation.articles, evaluation.batch_articles):
-        indices = range(start, min(start + evaluation.batch_articles, evaluation.articles))
-        pool = stream.next_pool(len(indices)).to(session.model.device)
-        prior = session.reference_scorer.prior(pool, session.template)
-        numbers = session.uniforms(Purpose.EVALUATION, 0, indices, 1)
-        q0 = session.counterfactual_uniforms(Purpose.EVALUATION_COUNTERFACTUAL, 0, indices, 1)
-        results = []
-        for name in pickers:
-            if name == "oracle":
-                results.append(
-                    ArmResult(
-                        "oracle",
-                        session.pay_for_evaluation(oracle_rows(session, pool, prior, q0), pool, q0, prior=prior),
-                    )
-                )
-                continue
-            if name.startswith("planted") and not bool((pool.subject >= 0).all()):
-                continue
-            rows = _rollout_arm(session, name, pool, prior, numbers, corpus.variant)
-            results.append(ArmResult(name, session.pay_for_evaluation(rows, pool, q0, prior=prior)))
-            key_rows = with_key_text(session, rows, pool)
-            results.append(ArmResult(f"{name}/key", session.pay_for_evaluation(key_rows, pool, q0, prior=prior)))
-        yield EvaluationBatch(pool, prior, start, tuple(results))
+    config = session.config
+    lengths = verify(latest_checkpoint(folder))["log_bytes"]
+    pickers = [*PICKERS, *(["oracle"] if config.evaluation.oracle else [])]
+    battery = BATTERY if config.evaluation.arms == "all" else ()
+    records: list[dict[str, Any]] = []
+    waiting = console.status("evaluating") if console.is_terminal else contextlib.nullcontext()
+    with waiting, RunLogs(folder, config.log, lengths) as logs:  # drops the trajectories of an earlier evaluation
+        for batch in run_arms(session, pickers, battery=battery, orders=orders):
+            records += evaluation_records(session, batch, update)
+            _log_trajectories(session, logs, batch, update)
+    summary = summarise(records, held_out=config.evaluation.corpus not in (None, config.corpus))
+    write_text(folder / "evaluation.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
+    write_text(folder / "evaluation.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    plot_run(metrics, summary, folder / "figures" / "run.png")
+    write_report(folder)
+    print_summary(console, summary)
+    return summary
 
 
-def _rollout_arm(
-    session: Session, name: str, pool: PairPool, prior: Tensor, numbers: Tensor, variant: str
-) -> TrajectoryBatch:
-    """Write one trajectory per article: the policy's for `trained`, else the reference's with the arm's picks."""
-    if name == "trained":
-        return session.rollout(pool, numbers)
-    pickers: Mapping[str, Picker] = {
-        "untrained": sampled_pick,
-        "random": _random_pick,
-        "article_order": _article_order_pick,
-        "easy_to_hard": _easy_to_hard(prior),
-        "nearest_key": _nearest_key_pick,
-        "planted": _planted(pool.subject, variant),
-        "planted_shuffled": _planted(_shuffle_labels(pool), variant),
-    }
-    with session.model.reference():
-        return session.rollout(pool, numbers, pickers[name])
-
-
-def _random_pick(env: ReadingEnvironment, logprobs: Tensor, uniform: Tensor) -> Tensor:
-    return sample(env.unread.float().log().log_softmax(-1), uniform)
-
-
-def _first_unread(preference: Float[Tensor, "B N"], unread: Bool[Tensor, "B N"]) -> Int[Tensor, " B"]:
-    """Return the unread position of largest preference; ties go to the first in the article."""
-    return preference.masked_fill(~unread, -math.inf).argmax(-1)
-
-
-def _article_order_pick(env: ReadingEnvironment, logprobs: Tensor, uniform: Tensor) -> Tensor:
-    return _first_unread(
-        -torch.arange(env.unread.shape[1], device=uniform.device).float().expand_as(env.unread), env.unread
-    )
-
-
-def _easy_to_hard(prior: Float[Tensor, "A N"]) -> Picker:
-    """Prefer the largest u_j; dividing by L̄ would not change the order."""
-
-    def pick(env: ReadingEnvironment, logprobs: Tensor, uniform: Tensor) -> Tensor:
-        return _first_unread(prior.repeat_interleave(len(uniform) // len(prior), 0), env.unread)
-
-    return pick
-
-
-def _nearest_key_pick(env: ReadingEnvironment, logprobs: Tensor, uniform: Tensor) -> Tensor:
-    if env.last_pick is None:
-        return _article_order_pick(env, logprobs, uniform)
-    return _first_unread(env.value_scores(), env.unread)
-
-
-def _planted(subject: Int[Tensor, "A N"], variant: str) -> Picker:
-    def pick(env: ReadingEnvironment, logprobs: Tensor, uniform: Tensor) -> Tensor:
-        group = len(uniform) // len(subject)
-        picks = []
-        for b in range(len(uniform)):
-            last = None if env.last_pick is None else int(env.last_pick[b])
-            unread = env.unread[b].nonzero()[:, 0].tolist()
-            picks.append(planted_pick(variant, subject[b // group].tolist(), unread, last))
-        return torch.tensor(picks, device=uniform.device)
-
-    return pick
-
-
-def _shuffle_labels(pool: PairPool) -> Int[Tensor, "A N"]:
-    """Permute the subject labels within each article, by its own seed: the control."""
-    rows = [
-        labels[torch.from_numpy(generator(0, Purpose.CONTROL, int(ids[0][:8], 16)).permutation(len(labels)))]
-        for labels, ids in zip(pool.subject, pool.pair_ids, strict=True)
-    ]
-    return torch.stack(rows)
-
-
-def with_key_text(session: Session, rows: TrajectoryBatch, pool: PairPool) -> TrajectoryBatch:
-    """Return the rows with each query replaced by the last Q tokens of the picked key; the picks stand."""
-    ids, mask = key_queries(session, pool)
-    value_ids, value_mask = rows.value_slots()
-    query_ids, query_mask = slot(ids, rows.picks), slot(mask, rows.picks)
-    return assemble(
-        session.template, query_ids, query_mask, value_ids, value_mask, rows.picks,
-        torch.zeros_like(rows.sampled_logprobs), rows.selection_logprobs,
-    )  # fmt: skip
+def _log_trajectories(session: Session, logs: RunLogs, batch: EvaluationBatch, update: int) -> None:
+    """Log the trajectories with text that a model wrote; the others follow from evaluation.jsonl and pairs.jsonl."""
+    for result in batch.results:
+        written = result.arm.partition("/")[2] in ("", "trained", "untrained")
+        if result.arm == "oracle" or "@" in result.arm or not written:
+            continue
+        labels = {"phase": "evaluation", "arm": result.arm, "update": update, "scorer": result.scorer}
+        logs.write(
+            "trajectories.jsonl",
+            trajectory_records(
+                result.paid.rows, result.paid.rewards, result.paid.scores, batch.pool, session.model, labels,
+                batch.first_index,
+            ),
+        )  # fmt: skip
+    logs.pairs(pair_records(batch.pool, batch.prior, session.model))
+    logs.attribute(batch.pool.articles)
 
 
 def evaluation_records(session: Session, batch: EvaluationBatch, update: int) -> list[dict[str, Any]]:
     """Return one JSON-ready record per arm and article."""
+    pools = [_pool_digest(batch.pool, a) for a in range(batch.pool.num_articles)]
     records = []
     for result in batch.results:
-        picker, _, text = result.arm.partition("/")
-        default_text = {"trained": "trained", "oracle": "key"}.get(picker, "untrained")
+        picker, _, text = result.arm.partition("@")[0].partition("/")
         rewards = result.paid.rewards.rewards.mean(1).tolist()
+        curves = _curves(result, batch.pool)
         for a, reward in enumerate(rewards):
             picks = result.paid.rows.picks[a]
             subjects = batch.pool.subject[a][picks].tolist()
@@ -181,84 +93,29 @@ def evaluation_records(session: Session, batch: EvaluationBatch, update: int) ->
                 {
                     "arm": result.arm,
                     "picker": picker,
-                    "text": text or default_text,
+                    "text": text or OWN_TEXT.get(picker, "untrained"),
                     "article": batch.pool.articles[a].id,
+                    "pool": pools[a],
                     "index": batch.first_index + a,
                     "seed": session.config.training.seed,
                     "update": update,
                     "reward_kind": session.config.evaluation.reward or session.config.reward.kind,
-                    "scorer": "reference",
+                    "scorer": result.scorer,
                     "reward": reward,
                     "picks": picks.tolist(),
                     "subjects": len(set(subjects)) if min(subjects) >= 0 else None,
-                    "probe_curve": None,
+                    "probe_curve": curves[a],
                 }
             )
     return records
 
 
-def summarise(records: Sequence[Mapping[str, Any]], *, held_out: bool) -> dict[str, Any]:
-    """Compute the contents of evaluation.json from the records of evaluation.jsonl alone."""
-    unit = "article" if len({r["article"] for r in records}) > 1 else "trajectory"
-    values = _unit_means(records, "reward", "article" if unit == "article" else "index")
-    subjects = _unit_means([r for r in records if r["subjects"] is not None], "subjects", "article")
-    arms = {
-        arm: asdict(bootstrap_mean(list(by_unit.values())))
-        | ({"subjects": sum(subjects[arm].values()) / len(subjects[arm])} if arm in subjects else {})
-        for arm, by_unit in values.items()
-    }
-    contrasts = {f"{a}-{b}": _contrast(values[a], values[b]) for a, b in CONTRASTS if a in values and b in values}
-    for name, p in holm({name: c["p"] for name, c in contrasts.items()}).items():
-        contrasts[name]["p_holm"] = p
-    choice = contrasts.get("trained/key-untrained/key")
-    return {
-        "unit": "nats per value token",
-        "resampled": unit,
-        "held_out": held_out,
-        "articles": len({r["article"] for r in records}),
-        "trajectories": len({r["index"] for r in records}),
-        "seeds": sorted({r["seed"] for r in records}),
-        "arms": arms,
-        "contrasts": contrasts,
-        "choice_gain": None if choice is None else {k: choice[k] for k in ("mean", "low", "high", "p")},
-        "oracle_gap_closed": _gap_closed(values),
-    }
+def _curves(result: ArmResult, pool: PairPool) -> list[list[float]] | list[None]:
+    """Return ℓ of the probes after 0 … S pairs, nats per probe token, for every article; None without probes."""
+    logprobs = result.paid.scores.probe_logprobs
+    return [None] * pool.num_articles if logprobs is None else probe_curve(logprobs, pool).tolist()
 
 
-def unit_contrast(records: Sequence[Mapping[str, Any]], a: str, b: str) -> dict[str, Any]:
-    """Return the paired difference of two arms over articles (over trajectories if there is one article)."""
-    unit = "article" if len({r["article"] for r in records}) > 1 else "index"
-    values = _unit_means([r for r in records if r["arm"] in (a, b)], "reward", unit)
-    return _contrast(values[a], values[b])
-
-
-def _unit_means(records: Sequence[Mapping[str, Any]], field: str, unit: str) -> dict[str, dict[Any, float]]:
-    """Average a field by arm and unit, in the order of first appearance."""
-    sums: dict[str, dict[Any, list[float]]] = {}
-    for record in records:
-        sums.setdefault(record["arm"], {}).setdefault(record[unit], []).append(record[field])
-    return {arm: {u: sum(v) / len(v) for u, v in by_unit.items()} for arm, by_unit in sums.items()}
-
-
-def _differences(a: Mapping[Any, float], b: Mapping[Any, float]) -> list[float]:
-    return [a[unit] - b[unit] for unit in a if unit in b]
-
-
-def _contrast(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[str, Any]:
-    differences = _differences(a, b)
-    detectable = smallest_detectable(differences)
-    return {
-        **asdict(bootstrap_mean(differences)),
-        "p": sign_flip_p(differences),
-        "smallest_detectable": detectable if math.isfinite(detectable) else None,
-    }
-
-
-def _gap_closed(values: Mapping[str, Mapping[Any, float]]) -> float | None:
-    """(trained − untrained) / (oracle − untrained), only where the gap's interval is positive."""
-    if not {"trained", "untrained", "oracle"} <= set(values):
-        return None
-    gap = bootstrap_mean(_differences(values["oracle"], values["untrained"]))
-    if gap.low <= 0:
-        return None
-    return bootstrap_mean(_differences(values["trained"], values["untrained"])).mean / gap.mean
+def _pool_digest(pool: PairPool, article: int) -> str:
+    """Name the exact pairs and probes of an article, so that two runs can tell whether they read the same."""
+    return hashlib.sha256(repr((pool.pair_ids[article], pool.probe_pair_ids[article])).encode()).hexdigest()[:16]

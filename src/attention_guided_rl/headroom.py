@@ -1,46 +1,140 @@
 """Headroom: what there is to win on this corpus and model before any training, with own-key text in every arm.
 
 A reader who updates its beliefs coherently is indifferent to the order in which it hears the same things, so whether a
-model gains from order is a question for measurement. The planted rule has a control: itself, on shuffled labels.
+model gains from order is a question for measurement. A search maximises noise too; its noise floor is its lead on the
+same articles with values exchanged between them, where no value tells anything about another.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from torch import Tensor
 
+from attention_guided_rl.arms import run_arms
 from attention_guided_rl.config import CorpusConfig
 from attention_guided_rl.errors import ConfigError
-from attention_guided_rl.evaluation import evaluation_records, run_arms, unit_contrast
+from attention_guided_rl.evaluation import evaluation_records
+from attention_guided_rl.oracle import oracle_rows
+from attention_guided_rl.pickers import simple_pickers
 from attention_guided_rl.randomness import Purpose
+from attention_guided_rl.records import PairPool
 from attention_guided_rl.session import Session
+from attention_guided_rl.summary import contrast, unit_contrast
+from attention_guided_rl.texts import with_key_text
 from attention_guided_rl.tracking import make_console
 
 PICKERS = ("untrained", "random", "article_order", "easy_to_hard", "nearest_key", "planted", "planted_shuffled")
+NO_ORDERS = ("oracle", "beam", "permuted/oracle", "permuted/beam", "planted_shuffled/key")
+"""What says nothing of an order that could be learned: searches, floors, and the planted rule's control."""
 NOTHING_TO_LEARN = 0.01  # nats per value token
+RANDOM_ORDERS = 8
+BEAM_WIDTH = 4
+SEARCHED_ARTICLES = 24  # a beam costs its width times the greedy search
 
 
-def measure_headroom(session: Session) -> dict[str, dict[str, Any]]:
-    """Run every simple reader with own-key text, and the greedy search, on the evaluation articles; print and return.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headroom:
+    """What was measured, in nats per value token; contrasts are paired differences to random orders."""
 
-    Values are paired differences to `random/key` in nats per value token.
-    """
+    contrasts: dict[str, dict[str, Any]]
+    random_order_sd: float
+    """Standard deviation over random orders of the same article, averaged (root mean square) over articles."""
+    above_floor: dict[str, dict[str, Any]]
+    """Each search's lead minus its lead on permuted values."""
+    steerability: float
+    """Mean over articles, nats."""
+
+    @property
+    def verdict(self) -> str:
+        """Say in a sentence whether there is something to learn about order."""
+        best = max(c["low"] for arm, c in self.contrasts.items() if arm not in NO_ORDERS)
+        search = max((c["low"] for c in self.above_floor.values()), default=0.0)
+        if best >= NOTHING_TO_LEARN:
+            return "A simple order beats random picks here: there is something to learn about order."
+        if search >= NOTHING_TO_LEARN:
+            return (
+                "No simple order beats random picks here, but a search does by more than its noise floor: there may be "
+                "something to learn, and no simple rule finds it."
+            )
+        return "Nothing to learn about order is shown here: no simple order beats random picks" + (
+            ", and the search leads by no more than its noise floor." if self.above_floor else "."
+        )
+
+
+def measure_headroom(session: Session) -> Headroom:
+    """Run every simple reader with own-key text, and the searches, on the evaluation articles; print and return."""
     config = session.config
     if config.evaluation.articles < 1:
         raise ConfigError("evaluation.articles must be at least 1 to measure headroom")
     corpus: CorpusConfig = config.evaluation.corpus or config.corpus
     records: list[dict[str, Any]] = []
-    pickers = [*PICKERS, *(["oracle"] if config.evaluation.oracle else [])]
-    for batch in run_arms(session, pickers, corpus=corpus):
+    for batch in run_arms(session, PICKERS, corpus=corpus):
         records += evaluation_records(session, batch, update=0)
-    arms = [arm for arm in dict.fromkeys(r["arm"] for r in records) if arm.endswith("/key") or arm == "oracle"]
+    arms = [arm for arm in dict.fromkeys(r["arm"] for r in records) if arm.endswith("/key")]
     contrasts = {arm: unit_contrast(records, arm, "random/key") for arm in arms if arm != "random/key"}
-    pool = session.stream(corpus, num_probes=config.evaluation.num_probes, purpose=Purpose.EVALUATION_POOL).next_pool(8)
-    _print(make_console(), contrasts, float(session.steerability(pool.to(session.model.device)).mean()), corpus)
-    return contrasts
+    stream = session.stream(corpus, num_probes=config.evaluation.num_probes, purpose=Purpose.EVALUATION_POOL)
+    pool = stream.next_pool(min(config.evaluation.articles, SEARCHED_ARTICLES)).to(session.model.device)
+    orders = random_order_rewards(session, pool)
+    above_floor = {}
+    if config.evaluation.oracle and pool.num_articles > 1:
+        leads = search_leads(session, pool, orders.mean(1))
+        permuted = permute_values(pool)
+        floors = search_leads(session, permuted, random_order_rewards(session, permuted).mean(1))
+        for name, lead in leads.items():
+            contrasts[name] = contrast(lead.tolist())
+            contrasts[f"permuted/{name}"] = contrast(floors[name].tolist())
+            above_floor[name] = contrast((lead - floors[name]).tolist())
+    result = Headroom(
+        contrasts=contrasts,
+        random_order_sd=float(orders.var(1).mean().sqrt()),
+        above_floor=above_floor,
+        steerability=float(session.steerability(pool.take(torch.arange(min(8, pool.num_articles)))).mean()),
+    )
+    _print(make_console(), result, corpus, pool.num_articles)
+    return result
 
 
-def _print(console: Console, contrasts: dict[str, dict[str, Any]], steerability: float, corpus: CorpusConfig) -> None:
+def random_order_rewards(session: Session, pool: PairPool) -> Float[Tensor, "A R"]:
+    """Return the reward of several random orders of every article, with own-key text."""
+    indices = range(pool.num_articles)
+    numbers = session.uniforms(Purpose.EVALUATION, 1, indices, RANDOM_ORDERS)
+    with session.model.reference():
+        picker = simple_pickers(pool, torch.zeros(pool.key_ids.shape[:2]), "threads")["random"]
+        rows = with_key_text(session, session.rollout(pool, numbers, picker), pool)
+    q0 = session.counterfactual_uniforms(Purpose.EVALUATION_COUNTERFACTUAL, 1, indices, RANDOM_ORDERS)
+    paid = session.pay_for_evaluation(rows, pool, q0)
+    return paid.rewards.rewards.mean(1).view(pool.num_articles, RANDOM_ORDERS)
+
+
+def search_leads(session: Session, pool: PairPool, random: Float[Tensor, " A"]) -> dict[str, Float[Tensor, " A"]]:
+    """Return what the greedy search and the beam are paid beyond random orders, for every article."""
+    prior = session.reference_scorer.prior(pool, session.template)
+    q0 = session.counterfactual_uniforms(Purpose.EVALUATION_COUNTERFACTUAL, 0, range(pool.num_articles), 1)
+    leads = {}
+    for name, width in (("oracle", 1), ("beam", BEAM_WIDTH)):
+        rows = oracle_rows(session, pool, prior, q0, width=width)
+        leads[name] = session.pay_for_evaluation(rows, pool, q0, prior=prior).rewards.rewards.mean(1) - random
+    return leads
+
+
+def permute_values(pool: PairPool) -> PairPool:
+    """Exchange values between articles, keys and probes staying: pair n takes that of the (1 + n mod (A − 1))th next.
+
+    So neighbouring pairs get the values of different articles, as far as there are enough.
+    """
+    num_articles, num_pairs = pool.num_articles, pool.num_pairs
+    pair = torch.arange(num_pairs, device=pool.value_ids.device)
+    article = torch.arange(num_articles, device=pair.device)[:, None]
+    source = (article + 1 + pair % (num_articles - 1)) % num_articles
+    return replace(pool, value_ids=pool.value_ids[source, pair], value_mask=pool.value_mask[source, pair])
+
+
+def _print(console: Console, result: Headroom, corpus: CorpusConfig, num_searched: int) -> None:
     variant = f" ({corpus.variant})" if corpus.kind == "encyclopedia" else ""
     table = Table(
         title=f"Headroom on {corpus.kind}{variant}: reward minus that of random picks, nats per value token",
@@ -48,14 +142,17 @@ def _print(console: Console, contrasts: dict[str, dict[str, Any]], steerability:
     )
     for column in ("reader", "mean", "95 % interval", "p"):
         table.add_column(column, justify="left" if column == "reader" else "right")
-    for arm, c in sorted(contrasts.items(), key=lambda item: -item[1]["mean"]):
-        table.add_row(arm, f"{c['mean']:+.4f}", f"{c['low']:+.4f} … {c['high']:+.4f}", f"{c['p']:.4f}")
+    for arm, c in sorted(result.contrasts.items(), key=lambda item: -item[1]["mean"]):
+        table.add_row(arm, f"{c['mean']:+.4f}", _interval(c), f"{c['p']:.4f}")
     console.print(table)
-    console.print(f"steerability of the selection: {steerability:.2f} nats", highlight=False)
-    best = max(c["low"] for arm, c in contrasts.items() if arm not in ("oracle", "planted_shuffled/key"))
-    if best < NOTHING_TO_LEARN:
-        console.print(
-            "No simple order beats random picks here: expect nothing from learning the order. (A greedy search "
-            "maximises noise too, so its lead alone is no headroom.)",
-            highlight=False,
-        )
+    lines = [f"random orders of an article differ by {result.random_order_sd:.4f} (standard deviation)"]
+    lines += [
+        f"{name} beyond its noise floor ({num_searched} articles, values permuted): {c['mean']:+.4f} [{_interval(c)}]"
+        for name, c in result.above_floor.items()
+    ]
+    lines += [f"steerability of the selection: {result.steerability:.2f} nats", result.verdict]
+    console.print(Text("\n".join(lines)))
+
+
+def _interval(contrast: dict[str, Any]) -> str:
+    return f"{contrast['low']:+.4f} … {contrast['high']:+.4f}"

@@ -1,4 +1,4 @@
-"""Oracle: a greedy reader that tries every unread pair at every step and keeps the one that is paid best.
+"""Oracle: a reader that tries every unread pair at every step and keeps what is paid best, greedily or on a beam.
 
 In: a session and pools. Out: rows, one per article, with the picked key's own text in the query slots. It sees the
 reward before it picks, so it is a bound for comparison and no policy; and it maximises noise too.
@@ -37,20 +37,23 @@ def key_queries(session: Session, pool: PairPool) -> tuple[Int[Tensor, "A N Q"],
 
 @torch.no_grad()
 def oracle_rows(
-    session: Session, pool: PairPool, prior: Float[Tensor, "A N"], q0: Float[Tensor, "A S Q"] | None = None
+    session: Session,
+    pool: PairPool,
+    prior: Float[Tensor, "A N"],
+    q0: Float[Tensor, "A S Q"] | None = None,
+    *,
+    width: int = 1,
 ) -> TrajectoryBatch:
-    """Read greedily by the evaluation's reward; `q0`: the numbers of the counterfactual queries, where it has them."""
-    model, num_articles = session.model, pool.num_articles
-    picks = []
+    """Read by the evaluation's reward, keeping the `width` best beginnings of every article; 1 is the greedy reader.
+
+    `q0`: the numbers of the counterfactual queries, where the reward has them.
+    """
+    model = session.model
     with model.reference():
-        desk = _Desk(session, pool, prior)
+        beam = _Beam(session, pool, prior, q0, width)
         for step in range(session.num_steps):
-            candidates = desk.unread.nonzero()[:, 1].view(num_articles, -1)  # every row has equally many
-            rewards = desk.rewards(candidates, None if q0 is None else q0[:, step])
-            pick = candidates.gather(1, rewards.argmax(-1, keepdim=True))
-            desk.read(pick)
-            picks.append(pick[:, 0])
-    chosen = torch.stack(picks, 1)
+            beam.advance(step)
+    chosen = beam.best()
     query_ids, query_mask = key_queries(session, pool)
     nothing = torch.zeros(*chosen.shape, query_ids.shape[-1], device=chosen.device)
     nowhere = torch.zeros(*chosen.shape, pool.num_pairs, device=chosen.device)
@@ -60,8 +63,42 @@ def oracle_rows(
     )  # fmt: skip
 
 
+class _Beam:
+    """W beginnings per article, by the sum of their rewards so far; at first all but one count as worthless."""
+
+    def __init__(
+        self, session: Session, pool: PairPool, prior: Float[Tensor, "A N"], q0: Tensor | None, width: int
+    ) -> None:
+        self._width, self._num_articles = width, pool.num_articles
+        self._article = torch.arange(pool.num_articles, device=prior.device).repeat_interleave(width)
+        self._desk = _Desk(session, pool.take(self._article), prior[self._article])
+        self._q0 = None if q0 is None else q0.to(prior.device)[self._article]
+        self._total = torch.full((pool.num_articles, width), -torch.inf, device=prior.device)
+        self._total[:, 0] = 0.0
+        self._picks = torch.zeros(len(self._article), 0, dtype=torch.long, device=prior.device)
+
+    def advance(self, step: int) -> None:
+        """Try every unread pair after every beginning, and keep the best W."""
+        candidates = self._desk.unread.nonzero()[:, 1].view(len(self._article), -1)  # every row has equally many
+        rewards = self._desk.rewards(candidates, None if self._q0 is None else self._q0[:, step])
+        totals = (self._total.flatten()[:, None] + rewards).view(self._num_articles, -1)
+        kept = totals.sort(dim=-1, descending=True, stable=True).indices[:, : self._width]
+        self._total = totals.gather(1, kept)
+        first = torch.arange(self._num_articles, device=kept.device)[:, None] * self._width
+        parent = (first + kept // candidates.shape[1]).flatten()
+        pick = candidates.flatten()[(parent * candidates.shape[1] + (kept % candidates.shape[1]).flatten())][:, None]
+        if self._width > 1:
+            self._desk.keep(parent)
+        self._desk.read(pick)
+        self._picks = torch.cat([self._picks[parent], pick], 1)
+
+    def best(self) -> Int[Tensor, "A S"]:
+        """Return the picks of the best of every article."""
+        return self._picks.view(self._num_articles, self._width, -1)[:, 0]
+
+
 class _Desk:
-    """One row per article: what has been read is cached, and what might be read next is tried on branches."""
+    """Rows of articles: what has been read is cached, and what might be read next is tried on branches."""
 
     def __init__(self, session: Session, pool: PairPool, prior: Float[Tensor, "A N"]) -> None:
         self._session, self._pool, self._prior = session, pool, prior
@@ -88,6 +125,11 @@ class _Desk:
             probe_logprobs=self._levels(candidates) if reward.needs == "probes" else None,
         )
         return reward(inputs).rewards
+
+    def keep(self, rows: Int[Tensor, " A"]) -> None:
+        """Go on from other rows' readings; only those of the same article may be exchanged."""
+        self._cache.batch_select_indices(rows)
+        self._role, self.unread = self._role[rows], self.unread[rows]
 
     def read(self, pick: Int[Tensor, "A 1"]) -> None:
         """Read one pair of each article."""

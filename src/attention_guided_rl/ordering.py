@@ -10,12 +10,12 @@ import torch
 
 from attention_guided_rl.data.pairs import cut_article, whole_pool
 from attention_guided_rl.errors import CorpusError
-from attention_guided_rl.evaluation import with_key_text
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import Article, Rewards, slot
 from attention_guided_rl.scorer import Scorer
 from attention_guided_rl.session import Session
 from attention_guided_rl.template import assemble
+from attention_guided_rl.texts import with_key_text
 
 
 def score_order(

@@ -75,6 +75,14 @@ class PairPool:
                 moved[f.name] = value.to(device)
         return replace(self, **moved)
 
+    def take(self, index: Int[Tensor, " M"]) -> "PairPool":
+        """Return the pools of these articles, which may repeat."""
+        taken: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            taken[f.name] = value[index] if isinstance(value, Tensor) else tuple(value[i] for i in index.tolist())
+        return replace(self, **taken)
+
     @property
     def num_articles(self) -> int:
         """A."""

@@ -140,7 +140,8 @@ def unread_candidates(rows: TrajectoryBatch, pool: PairPool) -> Candidates:
     pairs = []
     for step in range(rows.num_steps):
         pairs.append(unread.nonzero()[:, 1].view(rows.num_rows, -1))
-        unread.scatter_(1, rows.picks[:, step : step + 1], False)
+        picks_of_step = rows.picks[:, step : step + 1]
+        unread.scatter_(1, picks_of_step, False)
     steps = torch.arange(rows.num_steps, device=rows.picks.device)
     counts = torch.tensor([p.shape[1] for p in pairs], device=rows.picks.device)
     return Candidates(torch.cat(pairs, 1), steps.repeat_interleave(counts))

@@ -10,7 +10,7 @@ import json
 import re
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,27 +20,21 @@ import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from attention_guided_rl.checkpoint import latest_checkpoint, load_weights, verify
+from attention_guided_rl.checkpoint import latest_checkpoint, load_checkpoint
+from attention_guided_rl.compare import read_evaluation, summarise_seeds
 from attention_guided_rl.config import Config
 from attention_guided_rl.config_files import config_to_dict, config_to_yaml, load_config
 from attention_guided_rl.diagnostics import STEERABILITY_WARNING
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.errors import CheckpointError, ConfigError, RunInUseError, StorageError, UnsafeError
-from attention_guided_rl.evaluation import PICKERS, EvaluationBatch, evaluation_records, run_arms, summarise
+from attention_guided_rl.evaluation import evaluate_run
+from attention_guided_rl.order_files import match_orders
 from attention_guided_rl.randomness import Purpose
-from attention_guided_rl.report.figures import plot_run
-from attention_guided_rl.report.html import write_report
-from attention_guided_rl.report.terminal import print_summary, print_trajectory
+from attention_guided_rl.report.tables import print_summary
+from attention_guided_rl.report.terminal import print_trajectory
 from attention_guided_rl.session import PREPARED_ARTICLES, Session
 from attention_guided_rl.storage import run_config, write_text
-from attention_guided_rl.tracking import (
-    RunLogs,
-    environment_record,
-    make_console,
-    pair_records,
-    trajectory_records,
-    visible,
-)
+from attention_guided_rl.tracking import environment_record, make_console, visible
 from attention_guided_rl.trainer import Trained
 from attention_guided_rl.trainer import train as train_session
 
@@ -77,6 +71,7 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
     if not resume:
         with processes.main_first():
             _prepare(session, console if processes.is_main else Console(quiet=True))
+        processes.rendezvous()  # they may have read from the network
         if processes.is_main:
             _create(folder, session)
         processes.wait()
@@ -86,20 +81,47 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
         trained = train_session(session, folder, resume=resume)
         summary = None
         if trained.interrupted_by is None and processes.is_main and config.evaluation.articles > 0:
-            summary = _evaluate(session, folder, trained.state.update, console)
+            summary = evaluate_run(session, folder, trained.state.update, console)
         if processes.is_main and (spent := getattr(session.embedder, "spent_usd", 0)):
             console.print(f"embeddings of this run: {spent:.6f} USD spent", highlight=False)
     return RunResult(folder, trained, summary)
 
 
-def evaluate(folder: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of a run; `overrides` may change the `evaluation` section and the device."""
+def evaluate(
+    folder: Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    order_files: Sequence[Path] = (),
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of a run; `overrides` may change the `evaluation` section and the device.
+
+    All arms are run unless `evaluation.arms` says otherwise. `order_files`: orders.jsonl files, each a further picker.
+    """
     for key in overrides or {}:
         if not key.startswith(("evaluation.", "network.", "embedder.max_usd")) and key != "training.device":
             raise ConfigError(f"command line: --{key} cannot change for an evaluation; only evaluation.* can")
     with _lock(folder):
-        session, update = open_run(folder, overrides)
-        return _evaluate(session, folder, update, make_console())
+        session, update = open_run(folder, {"evaluation.arms": "all", **(overrides or {})})
+        orders = match_orders(session, order_files)
+        return evaluate_run(session, folder, update, console or make_console(), orders)
+
+
+def evaluate_seeds(
+    folders: Sequence[Path], overrides: Mapping[str, Any] | None = None, order_files: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Evaluate runs that differ by their seed, each in its folder, and print one table with seeds nested in articles.
+
+    Raises:
+        ConfigError: they do not have the same arms on the same articles.
+    """
+    if len(folders) == 1:
+        return evaluate(folders[0], overrides, order_files=order_files)
+    for folder in folders:
+        evaluate(folder, overrides, order_files=order_files, console=Console(quiet=True))
+    summary = summarise_seeds([read_evaluation(folder) for folder in folders])
+    print_summary(make_console(), summary)
+    return summary
 
 
 def rollout(session: Session, *, num_articles: int = 1, out: Path | None = None) -> None:
@@ -134,10 +156,9 @@ def open_run(folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[
     config = load_config(files=[run_config(folder)], overrides=overrides)
     checkpoint = latest_checkpoint(folder)
     session = Session(config, Processes(config.training.device), account=_account(folder), goes_on=True)
-    load_weights(checkpoint, session.model)
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    session.temperature = state["temperature"]
-    return session, state["update"]
+    state = load_checkpoint(checkpoint, session.model, None, session.ema)
+    session.temperature = state.temperature
+    return session, state.update
 
 
 def open_untrained(config: Config) -> Session:
@@ -254,41 +275,3 @@ def _lock(folder: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise RunInUseError(f"{folder}: another process is working in this run folder") from None
-
-
-def _evaluate(session: Session, folder: Path, update: int, console: Console) -> dict[str, Any]:
-    """Run all arms, write evaluation.jsonl, evaluation.json, the figure and the report, and print the table."""
-    config = session.config
-    lengths = verify(latest_checkpoint(folder))["log_bytes"]
-    pickers = [*PICKERS, *(["oracle"] if config.evaluation.oracle else [])]
-    records: list[dict[str, Any]] = []
-    waiting = console.status("evaluating") if console.is_terminal else contextlib.nullcontext()
-    with waiting, RunLogs(folder, config.log, lengths) as logs:  # drops the trajectories of an earlier evaluation
-        for batch in run_arms(session, pickers):
-            records += evaluation_records(session, batch, update)
-            _log_evaluation(session, logs, batch, update)
-    summary = summarise(records, held_out=config.evaluation.corpus not in (None, config.corpus))
-    write_text(folder / "evaluation.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
-    write_text(folder / "evaluation.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    plot_run(metrics, summary, folder / "figures" / "run.png")
-    write_report(folder)
-    print_summary(console, summary)
-    return summary
-
-
-def _log_evaluation(session: Session, logs: RunLogs, batch: EvaluationBatch, update: int) -> None:
-    """Log the trajectories with text that a model wrote; own-key ones follow from evaluation.jsonl and pairs.jsonl."""
-    for result in batch.results:
-        if result.arm == "oracle" or result.arm.endswith("/key"):
-            continue
-        labels = {"phase": "evaluation", "arm": result.arm, "update": update, "scorer": "reference"}
-        logs.write(
-            "trajectories.jsonl",
-            trajectory_records(
-                result.paid.rows, result.paid.rewards, result.paid.scores, batch.pool, session.model, labels,
-                batch.first_index,
-            ),
-        )  # fmt: skip
-    logs.pairs(pair_records(batch.pool, batch.prior, session.model))
-    logs.attribute(batch.pool.articles)

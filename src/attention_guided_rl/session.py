@@ -5,6 +5,7 @@ through it, so that they cannot differ.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float, Int
@@ -42,7 +43,7 @@ from attention_guided_rl.reward import (
 from attention_guided_rl.rollouts import rollout
 from attention_guided_rl.scorer import SCORERS, Scorer, ema_scorer, reference_scorer
 from attention_guided_rl.selection import calibrate_temperature, head_scores, query_information, selection_logprobs
-from attention_guided_rl.sizes import context_tokens, resolve_sizes
+from attention_guided_rl.sizes import OpenCorpus, context_tokens, resolve_sizes
 from attention_guided_rl.tables import resolve
 from attention_guided_rl.template import Template, build_template
 from attention_guided_rl.tracking import require_tensorboard
@@ -87,6 +88,7 @@ class Session:
             resolve(CORPORA, corpus.kind, "corpus.kind")
         private = any(map(is_private, corpora))
         self.network = Network(config.network, account=account, goes_on=goes_on, private_text=private)
+        self.corpus: OpenCorpus = cache(partial(open_corpus, network=self.network))  # opening may read a whole file
         processes.share(config.rollout.articles)
         if config.log.tensorboard:
             require_tensorboard()
@@ -100,7 +102,7 @@ class Session:
             config.model, processes.device, seed=config.training.seed, offline=config.network.offline
         )
         self.template: Template = build_template(self.model.tokenizer, config.template)
-        self.num_pairs, self.num_steps = resolve_sizes(config, self.template, self.model.encode, self.network, context)
+        self.num_pairs, self.num_steps = resolve_sizes(config, self.template, self.model.encode, self.corpus, context)
         self.embedder: Embedder = make_embedder(config.embedder, self.network, self.model)
         micro_batch_rows = config.training.micro_batch_rows
         self.reference_scorer: Scorer = reference_scorer(self.model, micro_batch_rows)
@@ -113,14 +115,18 @@ class Session:
         self.temperature = config.selection.temperature
 
     def stream(self, corpus: CorpusConfig, *, num_probes: int, purpose: Purpose) -> PoolStream:
-        """Open a corpus as a stream of pools."""
+        """Return a stream of pools that begins at the beginning, whatever other streams of the corpus have read.
+
+        The evaluation's pools and probes are the same for every training seed, so that runs can be paired by article.
+        """
+        seed = 0 if purpose is Purpose.EVALUATION_POOL else self.config.training.seed
         return PoolStream(
-            open_corpus(corpus, self.network),
+            self.corpus(corpus),
             self.model.encode,
             self.config.pairs,
             num_pairs=self.num_pairs,
             num_probes=num_probes,
-            seed=self.config.training.seed,
+            seed=seed,
             purpose=purpose,
         )
 

@@ -1,12 +1,15 @@
 """Sizes: how many pairs and steps a configuration comes to, known from the tokenizer before any weights load."""
 
-from attention_guided_rl.config import Config
-from attention_guided_rl.data import open_corpus
+from collections.abc import Callable
+
+from attention_guided_rl.config import Config, CorpusConfig
+from attention_guided_rl.data.corpus import Corpus
 from attention_guided_rl.data.pairs import CutArticle, Encode, cut_article
 from attention_guided_rl.errors import ConfigError, CorpusError
 from attention_guided_rl.loading import max_positions
-from attention_guided_rl.network import Network
 from attention_guided_rl.template import Template
+
+OpenCorpus = Callable[[CorpusConfig], Corpus]
 
 
 def context_tokens(config: Config) -> int:
@@ -19,7 +22,7 @@ def context_tokens(config: Config) -> int:
 
 
 def resolve_sizes(
-    config: Config, template: Template, encode: Encode, network: Network, context: int
+    config: Config, template: Template, encode: Encode, open_corpus: OpenCorpus, context: int
 ) -> tuple[int, int]:
     """Return N, pairs of a pool, and S, steps of a trajectory, with `auto` resolved.
 
@@ -30,7 +33,7 @@ def resolve_sizes(
     query_tokens, value_tokens = config.rollout.query_tokens, config.pairs.value_tokens
     fits = template.steps_that_fit(context, query_tokens, value_tokens)
     if config.pairs.num_pairs == "auto":
-        has = len(only_article(config, encode, network).pairs)
+        has = len(only_article(config, encode, open_corpus).pairs)
         num_pairs = min(fits, has)
         if num_pairs < 2:
             raise CorpusError(
@@ -51,9 +54,9 @@ def resolve_sizes(
     return num_pairs, steps
 
 
-def only_article(config: Config, encode: Encode, network: Network) -> CutArticle:
+def only_article(config: Config, encode: Encode, open_corpus: OpenCorpus) -> CutArticle:
     """Return the article of `corpus.title`, cut into pairs."""
-    article = next(filter(None, open_corpus(config.corpus, network).articles(0, 0)), None)
+    article = next(filter(None, open_corpus(config.corpus).articles(0, 0)), None)
     if article is None:
         raise CorpusError(f"corpus.title: {config.corpus.title!r} is not in corpus.split: {config.corpus.split}")
     return cut_article(article, encode, config.pairs)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from attention_guided_rl.config import Config, CorpusConfig, PairsConfig
-from attention_guided_rl.data import CORPORA
+from attention_guided_rl.data import CORPORA, open_corpus
 from attention_guided_rl.data.dump_xml import bare_parse
 from attention_guided_rl.data.hygiene import CleanCorpus
 from attention_guided_rl.data.pairs import CutArticle, cut_article
@@ -193,7 +193,9 @@ def _need(config: Config, tokenizer: Any, network: Network) -> Need:
     evaluated, num_pairs = config.evaluation.articles > 0, config.pairs.num_pairs
     if num_pairs == "auto":
         template, encode = build_template(tokenizer, config.template), functools.partial(encode_text, tokenizer)
-        num_pairs, _ = resolve_sizes(config, template, encode, network, context_tokens(config))
+        num_pairs, _ = resolve_sizes(
+            config, template, encode, functools.partial(open_corpus, network=network), context_tokens(config)
+        )
     return Need(
         tokenizer=config.model.name,
         cut=config.pairs.cut,

@@ -98,10 +98,13 @@ class RunLogs:
         if len(self._attributed) > 200_000:  # memory is bounded here too
             self._attributed.clear()
         self._attributed.update(fresh)
-        with self._attribution.open("a", encoding="utf-8") as file:
-            if file.tell() == 0:
-                file.write("# Sources of the text in this run\n\n")
-            file.write("".join(line + "\n" for line in fresh))
+        try:
+            with self._attribution.open("a", encoding="utf-8") as file:
+                if file.tell() == 0:
+                    file.write("# Sources of the text in this run\n\nCleaned of markup and cut into passages.\n\n")
+                file.write("".join(line + "\n" for line in fresh))
+        except OSError as error:
+            raise StorageError(f"{self._attribution}: {error.strerror}") from error
 
     def sync(self) -> dict[str, int]:
         """Make everything written durable and return the lengths of the logs in bytes."""

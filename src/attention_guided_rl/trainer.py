@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
@@ -25,10 +26,11 @@ from attention_guided_rl.checkpoint import (
     save_checkpoint,
     verify,
 )
+from attention_guided_rl.data.pairs import PoolStream
 from attention_guided_rl.diagnostics import AlarmBell, raise_alarms, row_metrics
-from attention_guided_rl.errors import CheckpointError, NumericError
+from attention_guided_rl.errors import AgrlError, CheckpointError, NumericError
 from attention_guided_rl.randomness import Purpose, generator
-from attention_guided_rl.records import Advantages, PairPool
+from attention_guided_rl.records import Advantages, PairPool, TrajectoryBatch
 from attention_guided_rl.rl_agent import compute_advantages
 from attention_guided_rl.session import PaidRows, Session
 from attention_guided_rl.tracking import RunLogs, TrainingProgress, make_console, pair_records, trajectory_records
@@ -50,8 +52,11 @@ class Trained:
 def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
     """Train until `training.updates` are done or a signal arrives; a checkpoint is written either way.
 
+    Another is written before the first update, so that whatever ends the run, it can be resumed.
+
     Raises:
-        AgrlError: of the kind that fits; what was checkpointed stays.
+        AgrlError: of the kind that fits. What a corpus or embedder raises loses no finished update; after other errors
+            what was checkpointed stays.
     """
     config, processes = session.config, session.processes
     stream = session.stream(config.corpus, num_probes=session.num_training_probes, purpose=Purpose.POOL)
@@ -68,13 +73,19 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
         _signals() as received,
         TrainingProgress(console, total, state.update) as progress,
     ):
+        if saved is None:
+            saved = save(session, run, state, optimizer, logs)
         stop = None
         while state.update < total and stop is None:
             update = state.update
-            pool = stream.next_pool(num_articles, keep=share).to(session.model.device)
             indices = range(num_articles)[share]
-            rows = session.rollout(pool, session.uniforms(Purpose.TRAINING, update, indices, group))
-            processes.rendezvous()  # the embedder may have kept one waiting
+            try:
+                with processes.meeting():  # corpus and embedder may be remote
+                    pool, rows, steerability = read(session, stream, update, share)
+            except AgrlError:  # nothing of this update is anywhere yet
+                if saved != checkpoint_path(run, state.update):
+                    save(session, run, state, optimizer, logs)
+                raise
             q0 = session.counterfactual_uniforms(Purpose.COUNTERFACTUAL, update, indices, group)
             paid = session.pay(rows, pool, q0)
             rewards = control_rewards(session, processes.gather_rows(paid.rewards.rewards), update)
@@ -89,7 +100,7 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
                 "episodes": state.update * num_articles * group,
                 **outcome.metrics,
                 **update_metrics(session, paid, advantages, rewards, state),
-                "selection/steerability": float(processes.gather_rows(session.steerability(pool)).mean()),
+                "selection/steerability": float(processes.gather_rows(steerability).mean()),
                 "selection/temperature": state.temperature,
                 "data/skipped_articles": stream.num_skipped,
                 "time/update_s": round(progress.seconds_since_last(), 4),
@@ -109,6 +120,17 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
         if saved != checkpoint_path(run, state.update):
             save(session, run, state, optimizer, logs)
     return Trained(state, stop, checkpoint_path(run, state.update))
+
+
+def read(
+    session: Session, stream: PoolStream, update: int, share: slice
+) -> tuple[PairPool, TrajectoryBatch, Float[Tensor, " A"]]:
+    """Draw the update's pools and write this process's trajectories on them; all that may need the network."""
+    rollout = session.config.rollout
+    pool = stream.next_pool(rollout.articles, keep=share).to(session.model.device)
+    indices = range(rollout.articles)[share]
+    rows = session.rollout(pool, session.uniforms(Purpose.TRAINING, update, indices, rollout.trajectories))
+    return pool, rows, session.steerability(pool)
 
 
 def control_rewards(session: Session, rewards: Tensor, update: int) -> Tensor:
@@ -193,7 +215,7 @@ def save(session: Session, run: Path, state: RunState, optimizer: torch.optim.Op
 
 
 def _start(
-    session: Session, run: Path, stream: Any, optimizer: torch.optim.Optimizer, resume: bool
+    session: Session, run: Path, stream: PoolStream, optimizer: torch.optim.Optimizer, resume: bool
 ) -> tuple[RunState, RunLogs | None]:
     """Begin at update 0, or where the newest good checkpoint ends."""
     main = session.processes.is_main

@@ -311,6 +311,18 @@ def not_utf8(folder: Path) -> Path:
     return path
 
 
+def nul(folder: Path) -> Path:
+    path = write(folder, page("A", "Aap."), page("B", "Beer."))
+    path.write_bytes(path.read_bytes().replace(b"Beer", b"B\0er"))
+    return path
+
+
+def lone_surrogate(folder: Path) -> Path:
+    path = write(folder, page("A", "Aap."), page("B", "Beer."))
+    path.write_bytes(path.read_bytes().replace(b"Beer", b"B&#xD800;er"))
+    return path
+
+
 def web_page(folder: Path) -> Path:
     return write(folder, head="<html><mediawiki>")
 
@@ -349,6 +361,8 @@ ERRORS = {
     damaged_second_stream: "(after 2 pages, the last 'R'); download the dump again",
     damaged_bz2: "Invalid data stream (before the first page)",
     not_utf8: "(after 1 pages, the last 'A')",
+    nul: "(after 1 pages, the last 'A')",
+    lone_surrogate: "(after 1 pages, the last 'A')",
     web_page: "its root element is 'html'",
     entities: "declares a document type",
     entities_in_utf16: "declares a document type",

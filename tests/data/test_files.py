@@ -1,12 +1,15 @@
 """FilesCorpus: what it reads from text, Markdown and JSONL, in which order, and how it refuses the rest."""
 
+import gzip
 import json
 import logging
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from attention_guided_rl.config import CorpusConfig
+from attention_guided_rl.data import text_files
 from attention_guided_rl.data.files import FilesCorpus
 from attention_guided_rl.errors import CorpusError
 from attention_guided_rl.records import Article, PairText
@@ -177,6 +180,32 @@ def test_ids_do_not_depend_on_where_the_folder_lies_nor_on_its_other_files(tmp_p
     assert read(tmp_path / "here")[0] == read(tmp_path / "there")[1]
 
 
+@pytest.mark.parametrize("name", ["Mill.txt", "Mill.md", "a.jsonl"])
+def test_packed_file_is_read_like_the_plain_one(tmp_path, name):
+    plain = write(tmp_path / name, {"title": "Mill", "text": "It grinds *corn*."})
+    packed = tmp_path / "packed" / f"{name}.gz"
+    packed.parent.mkdir()
+    half = len(plain.read_bytes()) // 2
+    packed.write_bytes(gzip.compress(plain.read_bytes()[:half]) + gzip.compress(plain.read_bytes()[half:]))
+
+    (article,) = read(packed.parent)
+    assert (article.title, article.text) == ("Mill", read(plain)[0].text)
+    assert article.source == f"files:{name}.gz"
+    assert read(packed) == [article]
+
+
+def test_what_a_folder_has_besides_is_counted_once(tmp_path, caplog):
+    for name in ("a.csv", "b.CSV", "notes/c.pdf", "d.csv.gz", "README", ".git/config", ".DS_Store"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "1,2")
+    write(tmp_path / "e.txt", "Something.")
+    with caplog.at_level(logging.WARNING):
+        assert [a.title for a in read(tmp_path) + read(tmp_path)] == ["e", "e"]
+
+    kinds = "2 .csv, 1 no suffix, 1 .gz, 1 .pdf"  # the most first, then by name in the folder
+    assert caplog.messages == [f"{tmp_path}: passed over 5 files that are not .txt, .md, .jsonl: {kinds}"]
+
+
 @pytest.fixture
 def ten(tmp_path):
     return write(tmp_path / "ten.jsonl", *({"title": f"T{i}", "text": f"Text {i}."} for i in range(10)))
@@ -273,6 +302,55 @@ def not_utf8(folder: Path) -> Path:
     return folder
 
 
+def zip_file(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "Something.")
+    return folder / "a.zip"
+
+
+def zip_among_others(folder: Path) -> Path:
+    write(folder / "b.txt", "Something else.")
+    return zip_file(folder).parent
+
+
+def tar_gz(folder: Path) -> Path:
+    return write(folder / "a.tar.gz", "text")
+
+
+def dump_of_a_wiki(folder: Path) -> Path:
+    return write(folder / "nlwiki.xml.bz2", "text")
+
+
+def packed_file_of_another_type(folder: Path) -> Path:
+    return write(folder / "a.csv.gz", "text")
+
+
+def not_gzip(folder: Path) -> Path:
+    return write(folder / "a.txt.gz", "text")
+
+
+def truncated_gzip(folder: Path) -> Path:
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(GOOD_LINES).encode())[:-12])
+    return folder / "a.jsonl.gz"
+
+
+def damaged_gzip(folder: Path) -> Path:
+    packed = gzip.compress("\n".join(GOOD_LINES).encode())
+    (folder / "a.jsonl.gz").write_bytes(packed[:10] + b"damage" + packed[16:])
+    return folder
+
+
+def wrong_checksum(folder: Path) -> Path:
+    packed = gzip.compress(b"Something.")
+    (folder / "a.txt.gz").write_bytes(packed[:-8] + bytes(4) + packed[-4:])
+    return folder
+
+
+def bomb(folder: Path) -> Path:
+    (folder / "a.txt.gz").write_bytes(gzip.compress(b"a" * (2**20 + 1)))  # about 1 kB
+    return folder
+
+
 ERRORS = {
     missing: "no such file or folder",
     no_file_of_use: "no .txt, .md, .jsonl file",
@@ -281,11 +359,22 @@ ERRORS = {
     only_markup: "empty",
     other_type: "'.pdf' files are not supported",
     not_utf8: "byte 3 is not valid UTF-8",
+    zip_file: "archives are not read; unpack it",
+    zip_among_others: "a.zip: archives are not read; unpack it",
+    tar_gz: "archives are not read; unpack it",
+    dump_of_a_wiki: "set corpus.kind: dump",
+    packed_file_of_another_type: "'.gz' files are not supported",
+    not_gzip: "a.txt.gz: damaged or cut off",
+    truncated_gzip: "a.jsonl.gz: damaged or cut off",
+    damaged_gzip: "a.jsonl.gz: damaged or cut off",
+    wrong_checksum: "a.txt.gz: damaged or cut off",
+    bomb: "a.txt.gz: unpacks to more than 1,048,576 bytes",
 }
 
 
 @pytest.mark.parametrize(("make", "message"), ERRORS.items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_unusable_path_is_refused_in_one_line_that_names_it(tmp_path, make, message):
+def test_unusable_path_is_refused_in_one_line_that_names_it(tmp_path, monkeypatch, make, message):
+    monkeypatch.setattr(text_files, "MAX_UNPACKED", 2**20)
     path = make(tmp_path)
     with pytest.raises(CorpusError) as caught:
         read(path)
@@ -311,6 +400,24 @@ def test_unknown_title_names_the_nearest(tmp_path):
         read(path, title="Windmil")
     with pytest.raises(CorpusError, match=r"no article 'xyz'.*; the first is 'Windmill'"):
         read(path, title="xyz")
+
+
+@pytest.mark.timeout(20)  # about half a second
+def test_line_of_10_mb_is_an_article_and_takes_bounded_time(tmp_path):
+    text = "The sea rises twice a day and falls again. " * 250_000
+    path = write(tmp_path / "a.jsonl", *GOOD_LINES, {"title": "Sea", "text": text}, '{"title": "' + "[" * 10_000_000)
+
+    assert [(a.title, len(a.text)) for a in read(path)][-1] == ("Sea", len(text) - 1)
+
+
+def test_titles_are_no_names_of_files(tmp_path):
+    hostile = ("../../etc/passwd", "/tmp/a", "CON", "a\u0000b\n# c", "a" * 5000, "\ud800 name")
+    path = write(tmp_path / "a.jsonl", *({"title": title, "text": f"Text of {title}."} for title in hostile))
+    articles = read(path)
+
+    assert [a.title for a in articles] == ["../../etc/passwd", "/tmp/a", "CON", "ab # c", "a" * 5000, "name"]
+    assert all(a.id.startswith("files:") and a.id[6:].isalnum() for a in articles)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_hostile_markup_takes_bounded_time(tmp_path):

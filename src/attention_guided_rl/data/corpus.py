@@ -18,5 +18,6 @@ class Corpus(Protocol):
         """Yield what is at each place of pass number `epoch` from place `start` on; end after one pass, or never.
 
         None: nothing to read there, such as a redirect. A place means the same article whatever `start` was.
+        Several passes may be read at the same time, and none disturbs another.
         """
         ...

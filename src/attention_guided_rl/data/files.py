@@ -9,10 +9,11 @@ files should be small; for a whole Wikipedia use `corpus.kind: dump`.
 - `.jsonl`: a line is an article, `{"title", "text"}`, or a ready pair, `{"key", "value"}` with an optional integer
   `subject`; consecutive pairs of the same `article` (or `title`) are one article, as are those that name none.
   Both may give `source`, `url`, `revision`, `licence` and `id`.
+
+Each may be packed as `.gz`.
 """
 
 import difflib
-import functools
 import hashlib
 import itertools
 import json
@@ -27,11 +28,11 @@ from typing import Any
 from attention_guided_rl.config import CorpusConfig
 from attention_guided_rl.data.hygiene import without_near_duplicates
 from attention_guided_rl.data.plain_text import clean, one_line
+from attention_guided_rl.data.text_files import kind_of, list_files, read_text, title_of, warn_once
 from attention_guided_rl.errors import ConfigError, CorpusError
 from attention_guided_rl.randomness import Purpose, generator
 from attention_guided_rl.records import Article, PairText
 
-SUFFIXES = (".txt", ".md", ".jsonl")
 MAX_BAD_SHARE = 0.1  # of the lines of a JSONL file; more suggest that it is something else
 MAX_SUBJECT = 2**31  # labels end in 64-bit tensors
 GIVEN_FIELDS = ("source", "url", "revision", "licence", "id")
@@ -75,13 +76,13 @@ class _Entry:
 
 
 class FilesCorpus:
-    """The articles of a file, or of all .txt, .md and .jsonl files below a folder by relative path, held in memory."""
+    """The articles of a file, or of all files below a folder by relative path, held in memory."""
 
     def __init__(self, config: CorpusConfig) -> None:
         """Read the files; raise CorpusError if one is damaged, all are empty, or none has the configured title."""
         if config.path is None:
             raise ConfigError("corpus.kind: files needs corpus.path")
-        articles = [article for path, name in _list_files(config.path) for article in _read_file(path, name)]
+        articles = [article for path, name in list_files(config.path) for article in _read_file(path, name)]
         if not articles:
             raise CorpusError(f"{config.path}: empty, no article in it; set corpus.path to files with text")
         chosen = articles if config.title is None else _with_title(articles, config.title, config.path)
@@ -89,7 +90,7 @@ class FilesCorpus:
         self.num_near_duplicates = len(chosen) - len(self._articles)
         """Articles left out because they nearly repeat another; places count the rest."""
         if self.num_near_duplicates:
-            _warn_once(f"{config.path}: {self.num_near_duplicates} near-duplicates left out")
+            warn_once(f"{config.path}: {self.num_near_duplicates} near-duplicates left out")
         self._shuffle = config.shuffle
         self._seed = config.seed
 
@@ -100,26 +101,6 @@ class FilesCorpus:
             order = generator(self._seed, Purpose.SHUFFLE, epoch).permutation(len(order)).tolist()
         for place in order[start:]:
             yield self._articles[place]
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """Log a warning, once however often a run opens the corpus."""
-    _log.warning(message)
-
-
-def _list_files(path: Path) -> list[tuple[Path, str]]:
-    """Return each file with its name in the corpus: relative to the folder, so that moving it changes nothing."""
-    if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise CorpusError(f"{path}: {path.suffix!r} files are not supported; give {', '.join(SUFFIXES)}")
-        return [(path, path.name)]
-    if not path.is_dir():
-        raise CorpusError(f"{path}: no such file or folder; correct corpus.path")
-    files = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
-    if not files:
-        raise CorpusError(f"{path}: no {', '.join(SUFFIXES)} file in this folder; correct corpus.path")
-    return sorted(((file, file.relative_to(path).as_posix()) for file in files), key=lambda pair: pair[1])
 
 
 def _with_title(articles: list[Article], title: str, path: Path) -> list[Article]:
@@ -133,18 +114,12 @@ def _with_title(articles: list[Article], title: str, path: Path) -> list[Article
 
 def _read_file(path: Path, name: str) -> list[Article]:
     """Return the articles of a file; none, with a line in the log, if it is empty."""
-    try:
-        text = clean(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: byte {error.start} is not valid UTF-8; convert the file to UTF-8") from error
-    except OSError as error:
-        raise CorpusError(f"{path}: cannot be read ({error.strerror}); make it readable or remove it") from error
-    suffix = path.suffix.lower()
-    title = one_line(path.stem) or "untitled"
-    if suffix == ".jsonl":
+    text, kind = read_text(path), kind_of(path)
+    title = one_line(title_of(path)) or "untitled"
+    if kind == ".jsonl":
         entries = _read_jsonl(path, text, title)
     else:
-        heading, text = _strip_markdown(text) if suffix == ".md" else ("", text.strip())
+        heading, text = _strip_markdown(text) if kind == ".md" else ("", text.strip())
         entries = [_Entry(heading or title, text, None, {})] if text else []
     if not entries:
         _log.warning("%s: skipped, the file is empty", path)

@@ -1,49 +1,11 @@
-"""Tables and trajectories for the terminal. Text of articles and models is untrusted: control characters are shown."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Trajectories for the terminal. Text of articles and models is untrusted: control characters are shown."""
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from attention_guided_rl.records import PairPool
-from attention_guided_rl.report.verdict import verdict
 from attention_guided_rl.session import PaidRows, Session
 from attention_guided_rl.tracking import visible
-
-
-def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """Print the arms, the contrasts and the verdict of an evaluation."""
-    where = "held-out articles" if summary["held_out"] else "articles that were trained on, fresh trajectories"
-    table = Table(title=f"{summary['articles']} {where}, {summary['unit']}, 95 % interval", title_justify="left")
-    for column, justify in (("arm", "left"), ("reward", "right"), ("interval", "right"), ("subjects read", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for name, arm in sorted(summary["arms"].items(), key=lambda item: -item[1]["mean"]):
-        subjects = f"{arm['subjects']:.2f}" if "subjects" in arm else "–"
-        style = "bold" if name.startswith("trained") else None
-        table.add_row(name, f"{arm['mean']:.3f}", f"{arm['low']:.3f} … {arm['high']:.3f}", subjects, style=style)
-    console.print(table)
-    contrasts = Table(
-        title=f"Paired differences; the unit of resampling is the {summary['resampled']}", title_justify="left"
-    )
-    for column in ("contrast", "mean", "interval", "p (Holm)", "verdict"):
-        contrasts.add_column(column, justify="left" if column in ("contrast", "verdict") else "right")
-    for name, c in summary["contrasts"].items():
-        contrasts.add_row(
-            name, f"{c['mean']:+.3f}", f"{c['low']:+.3f} … {c['high']:+.3f}", f"{c['p_holm']:.4f}", verdict(c)
-        )
-    console.print(contrasts)
-    if summary["choice_gain"] is not None:
-        choice = summary["choice_gain"]
-        console.print(
-            f"choice gain (text held equal, only the picks differ): {choice['mean']:+.3f} "
-            f"[{choice['low']:+.3f} … {choice['high']:+.3f}]",
-            highlight=False,
-            markup=False,
-        )
-    if summary["oracle_gap_closed"] is not None:
-        console.print(f"gap to the greedy oracle closed: {summary['oracle_gap_closed']:.0%}", highlight=False)
 
 
 def print_trajectory(console: Console, session: Session, paid: PaidRows, pool: PairPool, row: int = 0) -> None:

@@ -1,0 +1,126 @@
+"""Summary: evaluation.json from the lines of evaluation.jsonl alone. The unit is the article, seeds nested within it.
+
+In: records of one run or of several seeds. Out: arms, contrasts with intervals, and what they answer. No model and no
+tensor is needed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from attention_guided_rl.statistics import bootstrap_mean, holm, sign_flip_p, smallest_detectable
+
+CONTRASTS: dict[str, dict[str, int]] = {
+    **{
+        f"{a}-{b}": {a: 1, b: -1}
+        for a, b in (
+            ("trained", "untrained"), ("trained", "random"), ("trained", "article_order"), ("trained", "easy_to_hard"),
+            ("trained", "nearest_key"), ("trained/key", "untrained/key"), ("planted/key", "random/key"),
+            ("trained", "trained/none"), ("trained", "trained/shuffled"), ("trained", "trained/fixed"),
+        )
+    },
+    "agreement": {"trained": 1, "trained/untrained": -1, "untrained/trained": -1, "untrained": 1},
+    "policy": {"trained@live": 1, "untrained@live": -1},
+    "drift": {"untrained@live": 1, "untrained": -1},
+}  # fmt: skip
+"""Every contrast as signed arms. `agreement`: the text names what was picked (the interaction of picks and text);
+`policy` and `drift`: what a live scorer's reward rose by better queries, and by the scorer itself."""
+GAPS = {"oracle_gap_closed": "oracle", "possible_gap_closed": "planted/possible"}
+
+Values = Mapping[str, Mapping[Any, float]]
+
+
+def summarise(records: Sequence[Mapping[str, Any]], *, held_out: bool) -> dict[str, Any]:
+    """Compute the contents of evaluation.json."""
+    unit = "article" if len({r["article"] for r in records}) > 1 else "trajectory"
+    values = unit_means(records, "reward", "article" if unit == "article" else "index")
+    contrasts = {
+        name: contrast([sum(sign * values[arm][u] for arm, sign in signs.items()) for u in _shared(values, signs)])
+        for name, signs in CONTRASTS.items()
+        if set(signs) <= set(values)
+    }
+    for name, p in holm({name: c["p"] for name, c in contrasts.items()}).items():
+        contrasts[name]["p_holm"] = p
+    choice = contrasts.get("trained/key-untrained/key")
+    return {
+        "unit": "nats per value token",
+        "resampled": unit,
+        "held_out": held_out,
+        "articles": len({r["article"] for r in records}),
+        "trajectories": len({r["index"] for r in records}),
+        "seeds": sorted({r["seed"] for r in records}),
+        "arms": _arms(records, values),
+        "contrasts": contrasts,
+        "choice_gain": None if choice is None else {k: choice[k] for k in ("mean", "low", "high", "p")},
+        **{name: _gap_closed(values, bound) for name, bound in GAPS.items()},
+    }
+
+
+def unit_means(records: Sequence[Mapping[str, Any]], field: str, unit: str) -> dict[str, dict[Any, float]]:
+    """Average a field by arm and unit, in the order of first appearance."""
+    sums: dict[str, dict[Any, list[float]]] = {}
+    for record in records:
+        sums.setdefault(record["arm"], {}).setdefault(record[unit], []).append(record[field])
+    return {arm: {u: sum(v) / len(v) for u, v in by_unit.items()} for arm, by_unit in sums.items()}
+
+
+def unit_contrast(records: Sequence[Mapping[str, Any]], a: str, b: str) -> dict[str, Any]:
+    """Return the paired difference of two arms over articles (over trajectories if there is one article)."""
+    unit = "article" if len({r["article"] for r in records}) > 1 else "index"
+    return contrast(differences(unit_means([r for r in records if r["arm"] in (a, b)], "reward", unit), a, b))
+
+
+def differences(values: Values, a: str, b: str) -> list[float]:
+    """Return a − b of every unit that both have."""
+    return [values[a][unit] - values[b][unit] for unit in _shared(values, (a, b))]
+
+
+def contrast(paired: Sequence[float]) -> dict[str, Any]:
+    """Return mean, interval, p and the smallest effect that these units would have shown (null for a single one)."""
+    detectable = smallest_detectable(paired)
+    return {
+        **asdict(bootstrap_mean(paired)),
+        "p": sign_flip_p(paired),
+        "smallest_detectable": detectable if math.isfinite(detectable) else None,
+    }
+
+
+def _shared(values: Values, arms: Sequence[str] | Mapping[str, int]) -> list[Any]:
+    """Return the units that all arms have, in the order of the first."""
+    first, *others = arms
+    return [unit for unit in values[first] if all(unit in values[arm] for arm in others)]
+
+
+def _arms(records: Sequence[Mapping[str, Any]], values: Values) -> dict[str, dict[str, Any]]:
+    """Describe every arm: reward, subjects read and the learning curve of the probes, where there are any."""
+    subjects = unit_means([r for r in records if r["subjects"] is not None], "subjects", "article")
+    curves: dict[str, list[Sequence[float]]] = {}
+    for record in records:
+        if record.get("probe_curve") is not None:
+            curves.setdefault(record["arm"], []).append(record["probe_curve"])
+    arms = {}
+    for arm, by_unit in values.items():
+        arms[arm] = asdict(bootstrap_mean(list(by_unit.values())))
+        if arm in subjects:
+            arms[arm]["subjects"] = sum(subjects[arm].values()) / len(subjects[arm])
+        if arm in curves:
+            curve = [sum(points) / len(points) for points in zip(*curves[arm], strict=True)]
+            arms[arm] |= {"probe_curve": curve, "probe_area": area_under(curve)}
+    return arms
+
+
+def area_under(curve: Sequence[float]) -> float:
+    """Return the mean over steps 1 … S of what is known beyond step 0: [−3, −2, −1] → 1.5."""
+    start, *rest = curve
+    return sum(level - start for level in rest) / len(rest)
+
+
+def _gap_closed(values: Values, bound: str) -> float | None:
+    """(trained − untrained) / (bound − untrained), only where the gap's interval is positive."""
+    if not {"trained", "untrained", bound} <= set(values):
+        return None
+    gap = bootstrap_mean(differences(values, bound, "untrained"))
+    if gap.low <= 0:
+        return None
+    return bootstrap_mean(differences(values, "trained", "untrained")).mean / gap.mean
