@@ -344,6 +344,31 @@ MUTATIONS = (
          "        with self._store._transaction(durable=True):\n"),
     ),
     mistake(
+        "another cache begins a run's sum anew", "embedders/test_cache: opened_elsewhere",
+        ("embedders/cache.py", "            if opened_before:", "            if False:"),
+    ),
+    mistake(
+        "a dry run forgets what prepares the run", "test_remote: never_exceeded and calibration",
+        ("dry_run.py", "keys, held_out = calibrated * num_pairs + steered,", "keys, held_out = num_pairs,"),
+    ),
+    mistake(
+        "vectors of another length are only nonsense", "embedders/test_openai: another_length",
+        ("embedders/openai.py", "error.length == before:", "False:"),
+    ),
+    mistake(
+        "a resumed run reads other revisions", "data/test_wikipedia: goes_on_only",
+        ("data/pairs.py", "if position.pinned != pinned:", "if False:"),
+    ),
+    mistake(
+        "a damaged page comes back newer", "data/test_wikipedia: comes_back",
+        ("data/wikipedia.py", "page = None if lost is None else self._wiki.revision(title, *lost, licence)",
+         "page = None"),
+    ),
+    mistake(
+        "a key in the query of an address", "test_network: no_web_address",
+        ("network.py", 'if "?" in address or "#" in address:', "if False:"),
+    ),
+    mistake(
         "money is set aside after the call", "embedders/test_openai: set_aside",
         ("embedders/openai.py", "        entry = self.ledger.reserve(bound)\n", ""),
         ("embedders/openai.py", "        vectors = _checked(reply",

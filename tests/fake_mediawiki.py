@@ -18,7 +18,7 @@ import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from typing import Any
@@ -44,6 +44,8 @@ class Page:
     hidden: bool = False
     """Whether the text of the revision was withdrawn from the public."""
     categories: tuple[str, ...] = ()
+    earlier: tuple[tuple[int, str], ...] = ()
+    """Older revisions that are still shown: (number, text)."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class FakeMediaWiki:
         """What the API answers."""
         if query.get("action") != "query" or query.get("format") != "json" or query.get("formatversion") != "2":
             return error("badvalue", "Only action=query&format=json&formatversion=2 is known here.")
+        if "revids" in query:
+            return self._reply_revision(query)
         if "titles" in query:
             return self._reply_pages(query)
         if query.get("meta") == "siteinfo":
@@ -141,6 +145,15 @@ class FakeMediaWiki:
         found = {"normalized": normalized, "redirects": redirects, "pages": [*invalid, *missing, *replies]}
         body = {"query": {key: value for key, value in found.items() if value}}
         return {**({"continue": further} if further else {"batchcomplete": True}), **body}
+
+    def _reply_revision(self, query: dict[str, str]) -> dict[str, Any]:
+        number = int(query["revids"])
+        for title, page in self.pages.items():
+            texts = {page.revision: page.text, **dict(page.earlier)}
+            if number in texts:
+                shown = FakeMediaWiki({**self.pages, title: replace(page, text=texts[number], revision=number)})
+                return shown._reply_pages({"titles": title, "prop": query["prop"]})
+        return {"batchcomplete": True, "query": {"badrevids": {str(number): {"revid": number, "missing": True}}}}
 
     def _follow(self, titles: list[str]) -> tuple[list[dict[str, str]], list[str]]:
         """The steps of all redirects, and where they end; those in a circle end nowhere."""

@@ -1,5 +1,6 @@
 """Pairs: how text is cut, what becomes probe and pool, and where a stream goes on."""
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 
@@ -243,6 +244,20 @@ def test_a_resumed_stream_goes_on_as_if_never_interrupted(stop):
     after.resume(before.position)
     assert [after.next_pool(1).pair_ids for _ in range(11 - stop)] == expected[stop:]
     assert after.position == whole.position
+
+
+def test_the_history_names_all_that_was_drawn_in_order():
+    def history(*lengths: int) -> str:
+        drawing = stream(Shelf(*lengths))
+        ids = [drawing.next_pool(1).pair_ids[0][0].partition("-")[0] for _ in range(2)]
+        names = [article.id for article in Shelf(*lengths).articles(0, 0) if article]
+        expected = ""
+        for name, digest in zip(names, ids, strict=False):
+            expected = hashlib.sha256(f"{expected}\n{name}\n{digest}".encode()).hexdigest()
+        assert drawing.position.history == expected
+        return expected
+
+    assert history(8, 9, 10) == history(8, 9, 11) != history(9, 9, 10)
 
 
 def test_a_resume_does_not_read_what_was_read():

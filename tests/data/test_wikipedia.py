@@ -16,13 +16,15 @@ import fake_mediawiki as fake
 import pytest
 from fake_mediawiki import FakeMediaWiki, Page, invented_article
 
-from attention_guided_rl.config import CorpusConfig, NetworkConfig
-from attention_guided_rl.data import mediawiki, mediawiki_reply, wikipedia
+from attention_guided_rl.config import CorpusConfig, NetworkConfig, PairsConfig
+from attention_guided_rl.data import mediawiki, mediawiki_reply, open_corpus, wikipedia
 from attention_guided_rl.data.corpus import Corpus
 from attention_guided_rl.data.dump import DumpCorpus
+from attention_guided_rl.data.pairs import PoolStream
 from attention_guided_rl.data.wikipedia import WikipediaCorpus, read_address
 from attention_guided_rl.errors import (
     AgrlError,
+    CheckpointError,
     ConfigError,
     CorpusError,
     CredentialsError,
@@ -31,6 +33,7 @@ from attention_guided_rl.errors import (
     UnsafeError,
 )
 from attention_guided_rl.network import Network
+from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import Article
 
 PUBLIC = "93.184.215.14"
@@ -460,7 +463,7 @@ def test_damaged_record_is_fetched_again(mills, network, caplog, damage):
     path = records(network)["Post mill"]["path"]
     text = path.read_text()
     damaged = {
-        "cut": text[:200],
+        "cut": text[:100],
         "changed": text.replace("turns on", "turns in"),
         "other page": records(network)["Tower mill"]["path"].read_text(),
         "empty": "",
@@ -473,10 +476,49 @@ def test_damaged_record_is_fetched_again(mills, network, caplog, damage):
     with pytest.raises(RemoteError, match="'Post mill' is not in the cache"):
         read(mills, offline(network), titles=("Post mill", "Tower mill"))
     assert read(mills, network, titles=("Post mill", "Tower mill")) == first
-    assert mills.asked("titles") == ["Post mill"]
+    asked = (mills.asked("titles"), mills.asked("revids"))
+    assert asked == (([], ["41"]) if damage in ("changed", "no text") else (["Post mill"], []))
     assert path.read_text().replace("wikitext", "") != damaged[damage]
     (message,) = caplog.messages
     assert "'Post mill' was damaged or no article; fetched again" in message
+
+
+@pytest.mark.parametrize(("earlier", "text"), [(True, "Boats pass."), (False, "Ships pass.")])
+def test_damaged_record_comes_back_in_its_revision_where_the_wiki_still_has_it(network, caplog, earlier, text):
+    with FakeMediaWiki({"Lock": Page("Boats pass.", revision=5)}) as wiki:
+        read(wiki, network, titles=("Lock",))
+        path = records(network)["Lock"]["path"]
+        path.write_text(path.read_text().replace("Boats", "Goats"))
+        wiki.pages["Lock"] = Page("Ships pass.", revision=9, earlier=((5, "Boats pass."),) if earlier else ())
+        (article,) = read(wiki, network, titles=("Lock",))
+    assert (article.text, article.revision) == (text, "5" if earlier else "9")
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_run_goes_on_only_with_the_revisions_that_it_began_with(network, tmp_path, changed):
+    """Although the article that was read last has not changed."""
+    texts = {name: invented_article(name, 60) for name in ("Lock", "Weir", "Sluice")}
+    titles = tuple(texts)
+
+    def stream(wiki: FakeMediaWiki, network: Network) -> PoolStream:
+        config = CorpusConfig(kind="wikipedia", site=wiki.url, titles=titles, requests_per_second=100, shuffle=False)
+        pairs = PairsConfig(key_tokens=8, value_tokens=8)
+        sizes = {"num_pairs": 2, "num_probes": 0, "seed": 0, "purpose": Purpose.POOL}
+        return PoolStream(open_corpus(config, network), lambda text: list(text.encode()), pairs, **sizes)
+
+    with FakeMediaWiki({title: Page(text, revision=5) for title, text in texts.items()}) as wiki:
+        begun = stream(wiki, network)
+        begun.next_pool(2)
+        wiki.pages["Lock"] = Page("Ships pass. " * 20, revision=9 if changed else 5)
+        again = stream(wiki, network)
+        again.resume(begun.position)  # from the same cache
+        assert again.next_pool(1).pair_ids == begun.next_pool(1).pair_ids
+        assert again.position == begun.position
+        if changed:
+            other = stream(wiki, make_network(tmp_path / "other"))
+            with pytest.raises(CheckpointError, match=r"revisions.*network\.cache") as caught:
+                other.resume(begun.position)
+            assert caught.value.exit_code == 7
 
 
 def test_cache_that_cannot_be_written_is_an_error_of_the_disk(mills, network):

@@ -26,7 +26,7 @@ from attention_guided_rl.config import NetworkConfig
 from attention_guided_rl.embedders import text as text_module
 from attention_guided_rl.embedders.cache import NANO, Ledger, VectorStore
 from attention_guided_rl.embedders.text import CANARIES, STORE, TextEmbedder
-from attention_guided_rl.errors import SpendError, StorageError
+from attention_guided_rl.errors import ConfigError, SpendError, StorageError
 from attention_guided_rl.network import Network
 
 PRELUDE = f"""
@@ -574,6 +574,14 @@ def test_a_cap_of_nothing_allows_what_is_free(path):
     ledger.reserve(0)
     with pytest.raises(SpendError):
         ledger.reserve(1)
+
+
+def test_an_account_that_was_opened_elsewhere_is_refused(path):
+    Ledger(VectorStore(path), "run", max_usd=None)  # which has spent nothing so far
+    assert Ledger(VectorStore(path), "run", max_usd=None, opened_before=True).spent_usd == 0
+    with pytest.raises(ConfigError, match=r"network\.cache.*does not know what this run has spent") as caught:
+        Ledger(VectorStore(path), "other", max_usd=None, opened_before=True)
+    assert caught.value.exit_code == 2
 
 
 def test_spending_outlives_the_process_and_accounts_are_apart(path):

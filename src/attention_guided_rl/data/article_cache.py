@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from attention_guided_rl.errors import StorageError
 from attention_guided_rl.storage import write_text
+
+_REVISION = re.compile(rb'\n "page_id": (\d{1,18}),\n "revision": (\d{1,18}),\n')  # in no text: JSON escapes its lines
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +100,18 @@ class ArticleCache:
         except (OSError, ValidationError):
             return None
         return kept if (kept.site, kept.requested) == (self._site, requested) and kept.is_sound() else None
+
+    def damaged_revision(self, requested: str) -> tuple[int, int] | None:
+        """Return the number and revision of the page that a damaged file had, or None where that cannot be known."""
+        try:
+            text = self._path(CachedPage, requested).read_bytes()
+        except OSError:
+            return None
+        found = _REVISION.search(text)
+        is_its_own = f'\n "requested": {json.dumps(requested, ensure_ascii=False)},\n'.encode() in text
+        if found is None or not is_its_own or self.read(CachedPage, requested) is not None:
+            return None
+        return int(found[1]), int(found[2])
 
     def write(self, kept: CachedReply) -> None:
         """Keep what was not there; raise StorageError where the disk refuses."""

@@ -55,6 +55,11 @@ class CleanCorpus:
     def __init__(self, corpus: Corpus, config: CorpusConfig) -> None:
         self._corpus, self._split, self._drop = corpus, config.split, config.drop_near_duplicates
 
+    @property
+    def pinned(self) -> str:
+        """What the corpus inside pins its articles by."""
+        return str(getattr(self._corpus, "pinned", ""))
+
     def articles(self, epoch: int, start: int) -> Iterator[Article | None]:
         """Yield what may be read at each place from `start` on."""
         return (place.readable for place in self.places(epoch, start))

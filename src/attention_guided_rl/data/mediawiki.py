@@ -157,6 +157,17 @@ class MediaWiki:
             pages.append(self._page(title, page, problem if _is_title(title) else INVALID, licence))
         return pages
 
+    def revision(self, requested: str, page_id: int, revision: int, licence: str) -> CachedPage | None:
+        """Return a page that is an article in one revision, or None where the wiki does not show it any more."""
+        query = {**{name: value for name, value in PAGE_QUERY.items() if name != "redirects"}, "revids": str(revision)}
+        found: dict[str, PageReply] = {}
+        for reply in self._ask(query):
+            found |= {page.title: page.after(found.get(page.title)) for page in reply.pages}
+        for page in found.values():
+            if not page.problem and (page.pageid, page.revisions[0].revid) == (page_id, revision):
+                return self._page(requested, page, "", licence)
+        return None
+
     def _page(self, requested: str, reply: PageReply, problem: str, licence: str) -> CachedPage:
         wikitext = reply.slot.content.replace("\0", "") if problem != TOO_LARGE else ""
         revision = reply.revisions[0] if reply.revisions else Revision(0)

@@ -169,6 +169,15 @@ class Position:
     """Articles skipped so far because they have too few pairs."""
     last_article: str = ""
     """Digest of the last article drawn: on resume it must be found there again."""
+    history: str = ""
+    """SHA-256 over all articles drawn, their ids and digests in order: two runs that agree in it have read the same."""
+    pinned: str = ""
+    """The corpus's own name for all of its text, where it has one: on resume it must be the same."""
+
+    def after(self, cut: CutArticle) -> "Position":
+        """Return the position once an article has been drawn."""
+        history = hashlib.sha256(f"{self.history}\n{cut.article.id}\n{cut.digest}".encode()).hexdigest()
+        return replace(self, drawn=self.drawn + 1, last_article=cut.digest, history=history)
 
 
 class PoolStream:
@@ -189,7 +198,7 @@ class PoolStream:
         self._num_pairs, self._num_probes = num_pairs, num_probes
         self._seed, self._purpose = seed, purpose
         self._cut = functools.lru_cache(maxsize=256)(lambda article: cut_article(article, encode, config))
-        self.position = Position()
+        self.position = Position(pinned=getattr(corpus, "pinned", ""))
         self._articles = corpus.articles(0, 0)
         self._drawn_before_pass: int | None = 0
         """Articles drawn before this pass began; None: it began before a resume."""
@@ -204,9 +213,15 @@ class PoolStream:
         """Go on from a saved position.
 
         Raises:
-            CheckpointError: the article read last is no longer where it was.
+            CheckpointError: the article read last is no longer where it was, or what the corpus pins has changed.
         """
+        pinned = self.position.pinned
         if position.drawn:
+            if position.pinned != pinned:
+                raise CheckpointError(
+                    "the corpus has changed: its articles are not the ones, or not in the revisions, that this run "
+                    "began with; resume with the network.cache it began with, or start a new run"
+                )
             self._articles = self._corpus.articles(position.epoch, position.offset - 1)
             before = next(self._articles, None)
             if before is None or self._cut(before).digest != position.last_article:
@@ -215,7 +230,7 @@ class PoolStream:
                     "this run read last; resume with the same corpus and model"
                 )
             self._drawn_before_pass = None
-        self.position = position
+        self.position = replace(position, pinned=pinned)
 
     def next_pool(self, num_articles: int, keep: slice = slice(None)) -> PairPool:
         """Draw the pool of the next articles; `keep` selects those of this process.
@@ -240,7 +255,7 @@ class PoolStream:
             cut = self._cut(article)
             if len(cut.pairs) >= needed:
                 drawn = self.position.drawn
-                self.position = replace(self.position, drawn=drawn + 1, last_article=cut.digest)
+                self.position = self.position.after(cut)
                 self._skipped_in_a_row = 0
                 return _draw(cut, self._num_pairs, self._num_probes, self._rng(drawn))
             self.position = replace(self.position, skipped=self.position.skipped + 1)

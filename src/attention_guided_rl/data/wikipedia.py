@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from attention_guided_rl.config import CorpusConfig
-from attention_guided_rl.data.article_cache import ArticleCache, CachedPage, CachedSite, CachedTitles, Reply
+from attention_guided_rl.data.article_cache import ArticleCache, CachedPage, CachedSite, CachedTitles, Reply, digest
 from attention_guided_rl.data.hygiene import without_near_duplicates
 from attention_guided_rl.data.mediawiki import WIKIPEDIA_HOST, MediaWiki, WikiAddress, batches, normal_title, quoted
 from attention_guided_rl.data.mediawiki_reply import EMPTY, INVALID, MISSING, SEVERAL
@@ -64,6 +64,11 @@ class WikipediaCorpus:
         self.num_near_duplicates = len(articles) - len(self._articles)
         if self.num_near_duplicates:
             _log.warning("%s: %d near-duplicates left out", address.host, self.num_near_duplicates)
+
+    @property
+    def pinned(self) -> str:
+        """SHA-256 of the articles' ids and revisions, in order."""
+        return digest(repr([(article.id, article.revision) for article in self._articles]))
 
     def articles(self, epoch: int, start: int) -> Iterator[Article]:
         """Yield one pass from place `start` on; with `corpus.shuffle` each epoch has an order of its own."""
@@ -224,12 +229,23 @@ class _Library:
         for batch in batches(missing):
             with self._cache.lock():
                 found |= self._look_up(batch, keep_problems)
+                for page in self._damaged([title for title in batch if title not in found], licence):
+                    found[page.requested] = page
+                    self._cache.write(page)
                 for page in self._wiki.pages([title for title in batch if title not in found], licence):
                     found[page.requested] = page
                     if keep_problems or not page.problem:
                         self._cache.write(page)
             _log.info("%s: %d of %d pages", self._address.host, len(found), len(titles))
         return [found[title] for title in titles]
+
+    def _damaged(self, titles: Sequence[str], licence: str) -> Iterator[CachedPage]:
+        """Fetch what is damaged in the cache in the revision that was there, where the wiki still has that."""
+        for title in titles:
+            lost = self._cache.damaged_revision(title)
+            page = None if lost is None else self._wiki.revision(title, *lost, licence)
+            if page is not None:
+                yield page
 
     def _look_up(self, titles: Sequence[str], with_problems: bool) -> dict[str, CachedPage]:
         pages = {title: self._cache.read(CachedPage, title) for title in titles}
