@@ -119,12 +119,16 @@ class Processes:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let the main process through before the others: what it has fetched and paid for, they find in the cache."""
-        if not self.is_main:
-            self.rendezvous()
-        yield
+        """Let the main process through before the others: what it has fetched and paid for, they find in the cache.
+
+        If it fails, none of them starts; put it inside a `meeting` for the errors of the others.
+        """
         if self.is_main:
+            with self.meeting():
+                yield
+        else:
             self.rendezvous()
+            yield
 
     def wait(self) -> None:
         """Wait until every process is here."""

@@ -69,9 +69,8 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
     account = processes.broadcast(_account(folder) if resume else uuid.uuid4().hex)
     session = Session(config, processes, account=account, goes_on=resume)
     if not resume:
-        with processes.main_first():
+        with processes.meeting(), processes.main_first():
             _prepare(session, console if processes.is_main else Console(quiet=True))
-        processes.rendezvous()  # they may have read from the network
         if processes.is_main:
             _create(folder, session)
         processes.wait()

@@ -94,9 +94,9 @@ class Session:
             require_tensorboard()
         context = context_tokens(config)
 
-        if processes.is_main and hasattr(make_embedder, "preflight"):
-            make_embedder.preflight(config.embedder, self.network)
-        processes.rendezvous()
+        with processes.meeting():
+            if processes.is_main and hasattr(make_embedder, "preflight"):
+                make_embedder.preflight(config.embedder, self.network)
 
         self.model: LanguageModel = load_model(
             config.model, processes.device, seed=config.training.seed, offline=config.network.offline

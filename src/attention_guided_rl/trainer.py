@@ -61,7 +61,8 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
     config, processes = session.config, session.processes
     stream = session.stream(config.corpus, num_probes=session.num_training_probes, purpose=Purpose.POOL)
     optimizer = make_optimizer(session, config.optimizer)
-    state, logs = _start(session, run, stream, optimizer, resume)
+    with processes.meeting():  # on a resume the corpus is read up to where it was left
+        state, logs = _start(session, run, stream, optimizer, resume)
     num_articles, share = config.rollout.articles, processes.share(config.rollout.articles)
     total, group = config.training.updates, config.rollout.trajectories
     saved = checkpoint_path(run, state.update) if resume else None
