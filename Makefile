@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: setup demo test check format bench
 
@@ -18,13 +19,13 @@ demo: setup  ## train and evaluate the embedded default, in a new run folder
 	@$(BIN)/agrl train --preset demo
 
 test: setup  ## run the tests
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 check: setup  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: setup  ## format and mend what can be mended
 	$(BIN)/ruff format .
