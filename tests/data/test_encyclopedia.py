@@ -192,6 +192,13 @@ def test_needle_lists_what_the_explained_pairs_repeat():
             assert p.named == p.asked
 
 
+def test_the_needle_is_the_only_guild_of_its_article():
+    for index in range(40):
+        pairs = generate_article(3, index, variant="needle").pairs
+        assert pairs is not None
+        assert [p.subject for p in pairs if p.key.endswith(" teaches:")] == [0]
+
+
 def test_needle_filler_is_unrelated():
     several = articles("needle", 100)
     related = [

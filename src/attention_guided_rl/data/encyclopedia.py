@@ -12,8 +12,9 @@ that is, the name, the subject's six attributes, and one detail of the pair's ow
 planted structure is, and which pick it makes best, depends on the variant:
 
 - `threads`: all pairs of a subject share its attributes. Best: stay on the subject while it has unread pairs.
-- `needle`:  one pair (subject 0) lists the attributes of a house; explained pairs (subject 1) each repeat three of
-             them among details; filler (subject 2) is unrelated. Best: the needle first.
+- `needle`:  one pair (subject 0), the article's only guild, lists the attributes of its house; explained pairs
+             (subject 1) each repeat three of them among details; filler (subject 2) is unrelated. Best: the needle
+             first. Its key says what it is, as a lead section does: a query that asks for a guild finds it.
 - `chain`:   link j+1 has link j's attributes but one, and link j's value names link j+1. Best: in link order.
 - `null`:    the same surface as `threads`, every value drawn independently of every other pair and of its own key.
 """
@@ -55,11 +56,11 @@ DETAILS = tuple(
     "anchor basket candle dagger easel feather goblet hammer inkwell jewel kettle lantern "
     "mirror needle oar pillar quill ribbon saddle thimble urn veil wheel yoke".split()
 )
-KINDS = (  # (verb, roles): places, people, guilds
-    ("shows", tuple("bridge chapel garden harbor market mill square tower".split())),
-    ("keeps", tuple("banner herald household kitchen orchard seal stable study".split())),
-    ("teaches", tuple("charter feast hall ledger lodge school vault workshop".split())),
-)
+Kind = tuple[str, tuple[str, ...]]  # verb, roles
+PLACE = ("shows", tuple("bridge chapel garden harbor market mill square tower".split()))
+PERSON = ("keeps", tuple("banner herald household kitchen orchard seal stable study".split()))
+GUILD = ("teaches", tuple("charter feast hall ledger lodge school vault workshop".split()))
+KINDS = (PLACE, PERSON, GUILD)
 MAX_PAIRS_PER_SUBJECT = len(KINDS[0][1])
 
 
@@ -89,8 +90,8 @@ def _attributes(rng: np.random.Generator) -> tuple[str, ...]:
     return tuple(words[rng.integers(len(words))] for words in ATTRIBUTES)
 
 
-def _subject(rng: np.random.Generator, name: str) -> _Subject:
-    verb, roles = KINDS[rng.integers(len(KINDS))]
+def _subject(rng: np.random.Generator, name: str, kinds: tuple[Kind, ...] = KINDS) -> _Subject:
+    verb, roles = kinds[rng.integers(len(kinds))]
     return _Subject(name, verb, tuple(rng.permutation(roles)), _attributes(rng))
 
 
@@ -122,10 +123,10 @@ def _needle(rng: np.random.Generator, subjects: int, pairs_per_subject: int) -> 
     num_pairs = subjects * pairs_per_subject
     house, *names = _names(rng, num_pairs)
     facts = _attributes(rng)
-    needle = _subject(rng, house)
+    needle = _subject(rng, house, (GUILD,))
     pairs = [PairText(needle.key(needle.roles[0]), _value(rng, house, facts), 0)]
     for position, name in enumerate(names):
-        subject = _subject(rng, name)
+        subject = _subject(rng, name, (PLACE, PERSON))
         if position % 2 == 0:  # explained: three consecutive facts of the house, then details
             start = rng.integers(len(facts) - 2)
             words = [*facts[start : start + 3], *rng.choice(DETAILS, 4)]
