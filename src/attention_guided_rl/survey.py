@@ -50,9 +50,9 @@ def survey(
     """
     held_out = config.evaluation.corpus if config.evaluation.articles else None
     held_out = None if held_out == config.corpus else held_out
-    for corpus in filter(None, (config.corpus, held_out)):
-        if num_places == 0 and corpus.kind in ENDLESS:
-            raise ConfigError(f"--articles 0 asks for a whole pass, but corpus.kind: {corpus.kind} never ends")
+    for field, corpus in (("corpus", config.corpus), ("evaluation.corpus", held_out)):
+        if num_places == 0 and corpus is not None and corpus.kind in ENDLESS:
+            raise ConfigError(f"--articles 0 asks for a whole pass, but {field}.kind: {corpus.kind} never ends")
     network, tokenizer = Network(config.network), load_tokenizer(config.model, offline=config.network.offline)
     read = functools.partial(
         survey_corpus,
