@@ -12,9 +12,9 @@ that is, the name, the subject's six attributes, and one detail of the pair's ow
 planted structure is, and which pick it makes best, depends on the variant:
 
 - `threads`: all pairs of a subject share its attributes. Best: stay on the subject while it has unread pairs.
-- `needle`:  one pair (subject 0), the article's only guild, lists the attributes of its house; explained pairs
-             (subject 1) each repeat three of them among details; filler (subject 2) is unrelated. Best: the needle
-             first. Its key says what it is, as a lead section does: a query that asks for a guild finds it.
+- `needle`:  one pair (subject 0), about a guild, lists six attributes; explained pairs (subject 1), about its people,
+             each repeat three of them among details; filler (subject 2), about places, is unrelated. Best: the needle
+             first, then what it explains. Keys say which is which, as headings do: a query can ask for a kind.
 - `chain`:   link j+1 has link j's attributes but one, and link j's value names link j+1. Best: in link order.
 - `null`:    the same surface as `threads`, every value drawn independently of every other pair and of its own key.
 """
@@ -121,13 +121,14 @@ def _stranger(rng: np.random.Generator) -> str:
 
 def _needle(rng: np.random.Generator, subjects: int, pairs_per_subject: int) -> list[PairText]:
     num_pairs = subjects * pairs_per_subject
-    house, *names = _names(rng, num_pairs)
+    guild, *names = _names(rng, num_pairs)
     facts = _attributes(rng)
-    needle = _subject(rng, house, (GUILD,))
-    pairs = [PairText(needle.key(needle.roles[0]), _value(rng, house, facts), 0)]
+    needle = _subject(rng, guild, (GUILD,))
+    pairs = [PairText(needle.key(needle.roles[0]), _value(rng, guild, facts), 0)]
     for position, name in enumerate(names):
-        subject = _subject(rng, name, (PLACE, PERSON))
-        if position % 2 == 0:  # explained: three consecutive facts of the house, then details
+        is_explained = position % 2 == 0
+        subject = _subject(rng, name, (PERSON if is_explained else PLACE,))
+        if is_explained:  # three consecutive facts of the guild, then details
             start = rng.integers(len(facts) - 2)
             words = [*facts[start : start + 3], *rng.choice(DETAILS, 4)]
             pairs.append(PairText(subject.key(subject.roles[0]), f"{name} {' '.join(words)}.", 1))
