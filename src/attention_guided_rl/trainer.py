@@ -31,12 +31,34 @@ from attention_guided_rl.diagnostics import AlarmBell, raise_alarms, row_metrics
 from attention_guided_rl.errors import AgrlError, CheckpointError, NumericError
 from attention_guided_rl.randomness import Purpose, generator
 from attention_guided_rl.records import Advantages, PairPool, TrajectoryBatch
-from attention_guided_rl.rl_agent import compute_advantages
+from attention_guided_rl.rl_agent import AgentState, compute_advantages
 from attention_guided_rl.session import PaidRows, Session
 from attention_guided_rl.tracking import RunLogs, TrainingProgress, make_console, pair_records, trajectory_records
 from attention_guided_rl.update import Outcome, apply_update, make_optimizer
 
 MAX_NONFINITE_IN_A_ROW = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """An update's articles and the trajectories on them; this process's share."""
+
+    indices: range
+    """Places of the articles in the update's global list."""
+    pool: PairPool
+    rows: TrajectoryBatch
+    steerability: Float[Tensor, " A"]
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What an update made of its trajectories."""
+
+    state: RunState
+    metrics: dict[str, Any]
+    paid: PaidRows
+    advantages: Advantages
+    """Of all processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +85,7 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
     optimizer = make_optimizer(session, config.optimizer)
     with processes.meeting():  # on a resume the corpus is read up to where it was left
         state, logs = _start(session, run, stream, optimizer, resume)
-    num_articles, share = config.rollout.articles, processes.share(config.rollout.articles)
-    total, group = config.training.updates, config.rollout.trajectories
+    share, total = processes.share(config.rollout.articles), config.training.updates
     saved = checkpoint_path(run, state.update) if resume else None
     bell = AlarmBell(audible=processes.is_main)
 
@@ -78,37 +99,23 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
             saved = save(session, run, state, optimizer, logs)
         stop = None
         while state.update < total and stop is None:
-            update = state.update
-            indices = range(num_articles)[share]
             try:
                 with processes.meeting():  # corpus and embedder may be remote
-                    pool, rows, steerability = read(session, stream, update, share)
+                    reading = read(session, stream, state.update, share)
             except AgrlError:  # nothing of this update is anywhere yet
                 if saved != checkpoint_path(run, state.update):
                     save(session, run, state, optimizer, logs)
                 raise
-            q0 = session.counterfactual_uniforms(Purpose.COUNTERFACTUAL, update, indices, group)
-            paid = session.pay(rows, pool, q0)
-            rewards = control_rewards(session, processes.gather_rows(paid.rewards.rewards), update)
-            advantages, agent = compute_advantages(
-                rewards, config.objective, state.agent, group,
-                is_level=session.reward.is_level, kl=reward_kl(session, paid),
-            )  # fmt: skip
-            outcome = apply_update(session, optimizer, paid, pool, advantages, rewards, update)
-            state = _next_state(state, replace(state, agent=agent, position=stream.position), outcome)
+            learned = learn(session, optimizer, reading, replace(state, position=stream.position))
+            state = learned.state
             metrics = {
-                "update": state.update,
-                "episodes": state.update * num_articles * group,
-                **outcome.metrics,
-                **update_metrics(session, paid, advantages, rewards, state),
-                "selection/steerability": float(processes.gather_rows(steerability).mean()),
-                "selection/temperature": state.temperature,
+                **learned.metrics,
                 "data/skipped_articles": stream.num_skipped,
                 "time/update_s": round(progress.seconds_since_last(), 4),
             }
             metrics |= raise_alarms(metrics)
             alarmed = bell.ring(metrics, state.last_good)
-            log_update(session, logs, metrics, paid, pool, advantages, indices.start)
+            log_update(session, logs, metrics, reading, learned)
             progress.show(metrics)
             if state.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW:
                 raise NumericError(
@@ -123,15 +130,39 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
     return Trained(state, stop, checkpoint_path(run, state.update))
 
 
-def read(
-    session: Session, stream: PoolStream, update: int, share: slice
-) -> tuple[PairPool, TrajectoryBatch, Float[Tensor, " A"]]:
+def read(session: Session, stream: PoolStream, update: int, share: slice) -> Reading:
     """Draw the update's pools and write this process's trajectories on them; all that may need the network."""
     rollout = session.config.rollout
     pool = stream.next_pool(rollout.articles, keep=share).to(session.model.device)
     indices = range(rollout.articles)[share]
     rows = session.rollout(pool, session.uniforms(Purpose.TRAINING, update, indices, rollout.trajectories))
-    return pool, rows, session.steerability(pool)
+    return Reading(indices, pool, rows, session.steerability(pool))
+
+
+def learn(session: Session, optimizer: torch.optim.Optimizer, reading: Reading, state: RunState) -> Learned:
+    """Pay the trajectories, turn rewards into advantages, and take the optimiser's step."""
+    config, processes, group = session.config, session.processes, session.config.rollout.trajectories
+    q0 = session.counterfactual_uniforms(Purpose.COUNTERFACTUAL, state.update, reading.indices, group)
+    paid = session.pay(reading.rows, reading.pool, q0)
+    rewards = control_rewards(session, processes.gather_rows(paid.rewards.rewards), state.update)
+    advantages, agent = compute_advantages(
+        rewards, config.objective, state.agent, group,
+        is_level=session.reward.is_level, kl=reward_kl(session, paid),
+    )  # fmt: skip
+    outcome = apply_update(session, optimizer, paid, reading.pool, advantages, rewards, state.update)
+    state = _next_state(state, agent, outcome)
+    metrics = {
+        "update": state.update,
+        "episodes": state.update * config.rollout.articles * group,
+        **outcome.metrics,
+        **row_metrics(session, paid, advantages, rewards),
+        "advantage/scale": state.agent.scale,
+        "filter/empty_updates": state.empty_updates,
+        "guard/nonfinite_updates": state.nonfinite_updates,
+        "selection/steerability": float(processes.gather_rows(reading.steerability).mean()),
+        "selection/temperature": state.temperature,
+    }
+    return Learned(state, metrics, paid, advantages)
 
 
 def control_rewards(session: Session, rewards: Tensor, update: int) -> Tensor:
@@ -152,30 +183,17 @@ def reward_kl(session: Session, paid: PaidRows) -> Tensor | None:
     return session.processes.gather_rows(session.kl_of_queries(paid))
 
 
-def update_metrics(
-    session: Session, paid: PaidRows, advantages: Advantages, rewards: Tensor, state: RunState
-) -> dict[str, Any]:
-    """Return what is measured of an update's rows, and what the state counts."""
-    return {
-        **row_metrics(session, paid, advantages, rewards),
-        "advantage/scale": state.agent.scale,
-        "filter/empty_updates": state.empty_updates,
-        "guard/nonfinite_updates": state.nonfinite_updates,
-    }
-
-
 def log_update(
     session: Session,
     logs: RunLogs | None,
     metrics: dict[str, Any],
-    paid: PaidRows,
-    pool: PairPool,
-    advantages: Advantages,
-    first_index: int,
+    reading: Reading,
+    learned: Learned,
 ) -> None:
     """Write an update's metrics and, if it is its turn, its trajectories; in global order whatever the processes."""
     processes, every = session.processes, session.config.log.trajectories_every
     if every and (metrics["update"] - 1) % every == 0:
+        paid, pool = learned.paid, reading.pool
         start = processes.rank * paid.rows.num_rows
         labels = {
             "phase": "train",
@@ -184,8 +202,8 @@ def log_update(
             "scorer": session.config.reward.scorer,
         }
         records = trajectory_records(
-            paid.rows, paid.rewards, paid.scores, pool, session.model, labels, first_index,
-            advantages.keep[start : start + paid.rows.num_rows],
+            paid.rows, paid.rewards, paid.scores, pool, session.model, labels, reading.indices.start,
+            learned.advantages.keep[start : start + paid.rows.num_rows],
         )  # fmt: skip
         trajectories = processes.gather_objects(records)
         prior = session.reference_scorer.prior(pool, session.template) if session.scorer.live else paid.prior
@@ -234,15 +252,15 @@ def _start(
     return state, RunLogs(run, session.config.log) if main else None
 
 
-def _next_state(before: RunState, after: RunState, outcome: Outcome) -> RunState:
+def _next_state(state: RunState, agent: AgentState, outcome: Outcome) -> RunState:
     """Count the update; one with non-finite numbers leaves the agent's statistics as they were."""
     return replace(
-        after,
-        agent=after.agent if outcome.finite else before.agent,
-        update=before.update + 1,
-        empty_updates=before.empty_updates + (outcome.finite and not outcome.stepped),
-        nonfinite_updates=before.nonfinite_updates + (not outcome.finite),
-        nonfinite_in_a_row=0 if outcome.finite else before.nonfinite_in_a_row + 1,
+        state,
+        agent=agent if outcome.finite else state.agent,
+        update=state.update + 1,
+        empty_updates=state.empty_updates + (outcome.finite and not outcome.stepped),
+        nonfinite_updates=state.nonfinite_updates + (not outcome.finite),
+        nonfinite_in_a_row=0 if outcome.finite else state.nonfinite_in_a_row + 1,
     )
 
 
