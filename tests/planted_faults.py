@@ -42,6 +42,16 @@ def without_a_graph(model, batch, kl, temperature) -> LossOutput:
         return policy_gradient(model, batch, kl, temperature)
 
 
+def of_wrong_sign(model, batch, kl, temperature) -> LossOutput:
+    """What was good is made less likely."""
+    return policy_gradient(model, replace(batch, advantages=-batch.advantages), kl, temperature)
+
+
+def heedless(model, batch, kl, temperature) -> LossOutput:
+    """Whatever was done is made more likely."""
+    return policy_gradient(model, replace(batch, advantages=torch.ones_like(batch.advantages)), kl, temperature)
+
+
 def colder(model, batch, kl, temperature) -> LossOutput:
     """Learns at another temperature than was sampled at."""
     return policy_gradient(model, batch, kl, temperature / 2)

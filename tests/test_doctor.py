@@ -132,6 +132,15 @@ def test_a_detached_policy_loss(make_session, coefficient):
     assert failed(session) == {POLICY}
 
 
+def test_advantages_of_the_wrong_sign(make_session):
+    assert failed(make_session({"objective.kind": "planted_faults:of_wrong_sign"})) == {POLICY}
+
+
+def test_advantages_that_are_not_heeded(make_session):
+    """They are 1 even where there is only the KL."""
+    assert failed(make_session({"objective.kind": "planted_faults:heedless"})) == {POLICY, KL}
+
+
 def test_a_loss_without_a_graph(make_session):
     assert failed(make_session({"objective.kind": "planted_faults:without_a_graph"})) == {POLICY, KL, COST}
 

@@ -567,6 +567,7 @@ class Config:
             "objective.advantage_baseline: leave_one_out needs rollout.trajectories of at least 2",
         )
         self._check_filter()
+        self._check_reward()
         _require(
             not self.training.shuffled_rewards or self.rollout.trajectories >= 2,
             "training.shuffled_rewards needs rollout.trajectories of at least 2",
@@ -584,6 +585,22 @@ class Config:
             filter_.kind != "extremes" or 2 * filter_.extremes <= group,
             f"objective.filter.extremes ({filter_.extremes}): a group of {group} trajectories has at most {group // 2} "
             "best and as many worst",
+        )
+
+    def _check_reward(self) -> None:
+        _require(
+            self.evaluation.reward != "counterfactual" or self.reward.query_in_context,
+            "evaluation.reward: counterfactual compares queries; it needs reward.query_in_context: true",
+        )
+        _require(
+            self.reward.pick == "sampled" or not self.embedder.trained,
+            "reward.pick: expected pays a step the same whatever was drawn, so embedder.trained would learn nothing "
+            "from it; use reward.pick: sampled",
+        )
+        _require(
+            self.reward.gradient_weight == 0 or not self.training.shuffled_rewards,
+            "training.shuffled_rewards does not reach the gradient of reward.gradient_weight, so it would be no "
+            "control; set reward.gradient_weight to 0",
         )
 
     def _check_encyclopedia(self, corpus: CorpusConfig, key: str, num_probes: int) -> None:

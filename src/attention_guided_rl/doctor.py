@@ -22,6 +22,7 @@ from attention_guided_rl.trial import Trial, try_out
 
 KL_FLOOR = 1e-6  # nats per query token, once the policy has moved
 SPREAD_FLOOR = 1e-6  # nats
+ALONG = 0.1  # cosine; dropout and a trained selection turn the gradient, a wrong sign turns it round
 UNIFORM_MARGIN = 0.01  # nats below the uniform choice, and above a certain one
 
 
@@ -103,13 +104,11 @@ def sampling_repeats(trial: Trial) -> CheckResult:
 
 def learner_agrees(trial: Trial) -> CheckResult:
     """The objective's forward must find the log-probabilities that the sampler, with its cache, found."""
-    session, rows = trial.session, trial.moved_rows
+    rows = trial.moved_rows
     with trial.moved(), torch.no_grad():
         output = trial.objective(trial.pay(rows), policy=1.0, coefficient=0.0)
-        states = session.model.hidden(rows.ids, rows.role, rows.layout.query_positions)
-        distribution = session.model.policy_logprobs(states, session.config.rollout.temperature)
-    ids, real = rows.query_slots()
-    logprobs = distribution.gather(-1, ids.flatten(1)[:, :, None]).view(ids.shape)
+        logprobs = trial.query_logprobs(rows)
+    _, real = rows.query_slots()
     apart = float((logprobs - rows.sampled_logprobs).abs()[real].mean())
     stated = output.metrics.get("policy/sampler_mismatch")  # of the objective itself, if it states it
     apart = max(apart, 0.0 if stated is None else float(stated))
@@ -123,20 +122,23 @@ def learner_agrees(trial: Trial) -> CheckResult:
 
 
 def policy_term(trial: Trial) -> CheckResult:
-    """The policy term alone must reach every trainable tensor; at step 0, with B = 0, every B and no A."""
+    """The policy term alone must reach every trainable tensor (at step 0, with B = 0, every B and no A), and raise
+    log π of the queries whose advantage is positive."""
     trainable = frozenset(trial.model.named_trainable())
     first = frozenset(n for n in trainable if "lora_B" in n) if trial.model.peft_model is not None else trainable
     start = trial.term(policy=1.0)
     with trial.moved():
         moved = trial.term(policy=1.0)
+        along = trial.along_advantages()
         stray = [n for n, p in trial.model.named_frozen().items() if p.requires_grad or p.grad is not None]
     return CheckResult(
         "gradient of the policy term",
-        start.reached == first and moved.reached == trainable and not stray and len(trainable) > 0,
+        start.reached == first and moved.reached == trainable and not stray and along > ALONG,
         f"step 0: {len(start.reached & first)} of {len(first)}, {len(start.reached - first)} others; "
-        f"moved: {len(moved.reached)} of {len(trainable)}; frozen: {len(stray)}",
+        f"moved: {len(moved.reached)} of {len(trainable)}; frozen: {len(stray)}; cosine to −∇ Σ A log π {along:.2f}",
         "the rewards do not reach the weights as they should: log-probabilities are detached, a layer is out of the "
-        "graph, or frozen weights are trained. Look at objective.kind and at what requires a gradient",
+        "graph, frozen weights are trained, or the advantages are not heeded or have the wrong sign. Look at "
+        "objective.kind and at what requires a gradient",
     )
 
 

@@ -86,18 +86,44 @@ class Trial:
 
         The rows are those of step 0, paid by the weights of now: so the reference is what an update would find.
         """
+        loss, found = self._back(lambda paid: self.objective(paid, policy=policy, coefficient=coefficient).loss)
+        return Term(
+            loss=loss,
+            reached=frozenset(name for name, gradient in found.items() if bool(gradient.any())),
+            norm=math.sqrt(_dot(found, found)),
+        )
+
+    def along_advantages(self) -> float:
+        """Return the cosine of what the signs of the advantages change in the policy term's gradient, to −∇ Σ A log π.
+
+        What does not follow from the advantages cancels out of the change. 0 where they change nothing.
+        """
+        _, up = self._back(lambda paid: self.objective(paid, policy=1.0, coefficient=0.0).loss)
+        _, down = self._back(lambda paid: self.objective(paid, policy=-1.0, coefficient=0.0).loss)
+        rows = _first_rows(self.session, self.paid.rows)
+        _, should = self._back(lambda _: -(_signs(rows)[:, :, None] * self.query_logprobs(rows)).sum())
+        change = {name: up[name] - down[name] for name in up.keys() & down.keys()}
+        norms = math.sqrt(_dot(change, change) * _dot(should, should))
+        return _dot(change, should) / norms if norms > 0 else 0.0
+
+    def query_logprobs(self, rows: TrajectoryBatch) -> Float[Tensor, "B S Q"]:
+        """Return log π of the queries' tokens, by one forward without a cache."""
+        states = self.model.hidden(rows.ids, rows.role, rows.layout.query_positions)
+        distribution = self.model.policy_logprobs(states, self.session.config.rollout.temperature)
+        ids, real = rows.query_slots()
+        logprobs = distribution.gather(-1, ids.flatten(1)[:, :, None]).view(ids.shape)
+        return logprobs.masked_fill(~real, 0.0)
+
+    def _back(self, loss_of: Callable[[PaidRows], Tensor]) -> tuple[float, dict[str, Tensor]]:
+        """Return a loss on the paid rows, and its gradient by trainable tensor (none where the loss has no graph)."""
         paid = self.pay(self.paid.rows)
         _drop_gradients(self.model)
         with self.model.adapter_dropout():
-            output = self.objective(paid, policy=policy, coefficient=coefficient)
-        if output.loss.requires_grad:
-            output.loss.backward()
+            loss = loss_of(paid)
+        if loss.requires_grad:
+            loss.backward()
         found = {name: p.grad for name, p in self.model.named_trainable().items() if p.grad is not None}
-        return Term(
-            loss=float(output.loss.detach()),
-            reached=frozenset(name for name, gradient in found.items() if bool(gradient.any())),
-            norm=math.sqrt(sum(float(gradient.double().square().sum()) for gradient in found.values())),
-        )
+        return float(loss.detach()), found
 
     def objective(self, paid: PaidRows, *, policy: float, coefficient: float) -> LossOutput:
         """Apply the configured objective to the first micro-batch."""
@@ -239,6 +265,10 @@ def _put_back(session: Session) -> Iterator[None]:
             if session.ema is not None and average is not None:
                 session.ema.load(average)
             _drop_gradients(model)
+
+
+def _dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return sum(float((a[name].double() * b[name].double()).sum()) for name in a.keys() & b.keys())
 
 
 def _drop_gradients(model: LanguageModel) -> None:
