@@ -51,7 +51,7 @@ class RunState:
     """Updates skipped because a number was not finite."""
     nonfinite_in_a_row: int = 0
     last_good: int | None = None
-    """The newest checkpoint at whose update no alarm was on."""
+    """The newest regular checkpoint whose weights have since written trajectories without an alarm."""
 
 
 def checkpoint_path(run: Path, update: int) -> Path:

@@ -54,7 +54,7 @@ def raise_alarms(metrics: Mapping[str, Any]) -> dict[str, bool]:
 
 
 class AlarmBell:
-    """Says each alarm once, when it first rings, with the last checkpoint from before any rang."""
+    """Says each alarm once, when it first rings, with the newest checkpoint that is known to be without one."""
 
     def __init__(self, *, audible: bool) -> None:
         self._audible = audible
@@ -65,9 +65,7 @@ class AlarmBell:
         on = [name for name in ALARMS if metrics[f"alarm/{name}"]]
         for name in on if self._audible else []:
             if name not in self._said:
-                where = (
-                    "no checkpoint is from before" if last_good is None else f"last saved before: update {last_good}"
-                )
+                where = "no checkpoint is without one" if last_good is None else f"without one: checkpoint {last_good}"
                 logger.warning("alarm at update %d: %s: %s (%s)", metrics["update"], name, ALARMS[name], where)
             self._said.add(name)
         return bool(on)

@@ -114,7 +114,9 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
                 "time/update_s": round(progress.seconds_since_last(), 4),
             }
             metrics |= raise_alarms(metrics)
-            alarmed = bell.ring(metrics, state.last_good)
+            written_at = state.update - 1  # the weights that wrote these trajectories, and may be saved
+            if not bell.ring(metrics, state.last_good) and written_at % config.training.checkpoint_every == 0:
+                state = replace(state, last_good=written_at)
             log_update(session, logs, metrics, reading, learned)
             progress.show(metrics)
             if state.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW:
@@ -122,7 +124,6 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
                     f"{MAX_NONFINITE_IN_A_ROW} updates in a row had non-finite numbers; see metrics.jsonl"
                 )
             if state.update % config.training.checkpoint_every == 0:
-                state = state if alarmed else replace(state, last_good=state.update)
                 saved = save(session, run, state, optimizer, logs)
             stop = processes.first_signal(received)
         if saved != checkpoint_path(run, state.update):
