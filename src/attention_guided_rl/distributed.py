@@ -110,7 +110,7 @@ class Processes:
         if error is not None:
             raise error
 
-    def _part(self, store: distributed.Store) -> None:
+    def _part(self, store: Any) -> None:
         """Leave no sooner than all know why: the store, in which they read it, ends with the main process."""
         store.set(f"agrl/{self._meetings}/{self.rank}/parted", "")
         everyone = [f"agrl/{self._meetings}/{rank}/parted" for rank in range(self.count)]
