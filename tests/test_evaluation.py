@@ -706,8 +706,6 @@ def test_an_evaluation_that_reads_other_text_than_the_one_before_says_so(make_co
     runs.train(
         make_config({"corpus.path": str(path), "training.updates": 1, "evaluation.articles": 1}), tmp_path / "run"
     )
-    runs.evaluate(tmp_path / "run", {"evaluation.arms": "standard"})
-    assert "do not compare" not in caplog.text
     path.write_text(path.read_text(encoding="utf-8").replace("ba", "be"), encoding="utf-8")
     runs.evaluate(tmp_path / "run", {"evaluation.arms": "standard"})
     assert "1 of 1 articles or their texts are not those of the evaluation before" in caplog.text
