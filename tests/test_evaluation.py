@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
+from attention_guided_rl import runs
 from attention_guided_rl.arms import run_arms
 from attention_guided_rl.branching import branch_logprobs
 from attention_guided_rl.config import Config
@@ -697,3 +698,15 @@ def test_the_roles_of_a_replaced_row_cover_every_slot(make_session):
     role = with_key_text(session, rows, pool).role
     assert set(role[:, rows.layout.query_positions].flatten().tolist()) <= {QUERY, PADDING}
     assert set(role[:, rows.layout.value_positions].flatten().tolist()) <= {VALUE, PADDING}
+
+
+def test_an_evaluation_that_reads_other_text_than_the_one_before_says_so(make_config, corpus_file, tmp_path, caplog):
+    path = tmp_path / "articles.jsonl"
+    path.write_bytes(corpus_file.read_bytes())
+    runs.train(
+        make_config({"corpus.path": str(path), "training.updates": 1, "evaluation.articles": 1}), tmp_path / "run"
+    )
+    path.write_text(path.read_text(encoding="utf-8").replace("ba", "be"), encoding="utf-8")
+    runs.evaluate(tmp_path / "run", {"evaluation.arms": "standard"})
+    assert "1 of 1 articles or their texts are not those of the evaluation before" in caplog.text
+    assert "network.cache" in caplog.text

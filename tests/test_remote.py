@@ -29,17 +29,26 @@ from attention_guided_rl.embedders.text import CANARIES
 from attention_guided_rl.evaluation import evaluation_records
 from attention_guided_rl.summary import summarise
 
-UPDATES = 4
+UPDATES = 3
 SMALL = (
     *("--model.dtype", "float32", "--model.lora-rank", "2", "--training.device", "cpu"),
-    *("--rollout.context-tokens", "520", "--rollout.query-tokens", "6", "--training.updates", str(UPDATES)),
+    *("--rollout.context-tokens", "520", "--rollout.query-tokens", "4", "--training.updates", str(UPDATES)),
     *("--pairs.key-tokens", "24", "--pairs.value-tokens", "24", "--selection.calibration-queries", "4"),
     *("--objective.filter.warmup", "2", "--objective.filter.min-zscore", "-1", "--optimizer.learning-rate", "1e-2"),
-    *("--evaluation.articles", "2", "--log.trajectories-every", "1", "--network.backoff-s", "0.001"),
+    *(
+        "--evaluation.articles",
+        "1",
+        "--evaluation.oracle",
+        "false",
+        "--log.trajectories-every",
+        "1",
+        "--network.backoff-s",
+        "0.001",
+    ),
 )
 TEXT = "\n\n".join(
     f"'''Elmbrook''' has {n} mills{{{{ref|{n}}}}} on the [[river]] road. The miller of number {n} grinds oats and rye."
-    for n in range(2, 9)
+    for n in range(2, 6)
 )
 
 
@@ -201,7 +210,7 @@ def test_the_original_experiment_over_loopback_services(agrl, whole, wiki, servi
     assert len(texts) == len(set(texts))  # nothing was asked for twice
     assert {query for t in training for query in t["queries"] if query.strip()} <= set(texts)
     assert set(keys) <= set(texts)
-    one_a_step = UPDATES * steps + 7 * steps  # six arms write queries, and nearest_key looks up values besides
+    one_a_step = UPDATES * steps + 6 * steps  # five arms write queries, and nearest_key looks up values besides
     assert len(first) <= 1 + 2 + one_a_step  # and canaries, keys, calibration
 
     assert whole.num_pages > 0
@@ -211,14 +220,14 @@ def test_the_original_experiment_over_loopback_services(agrl, whole, wiki, servi
     assert again == [first[0].texts]  # the canaries, asked for at every start
     assert outcome(tmp_path / "runs" / "b") == outcome(run)
 
-    assert agrl("c", whole.cache, "--offline")[0] == 0
+    assert agrl("c", whole.cache, "--offline", "--training.updates", "1", "--evaluation.articles", "0")[0] == 0
     assert len(service.requests) == 1
-    assert outcome(tmp_path / "runs" / "c") == outcome(run)
+    assert lines(tmp_path / "runs" / "c" / "trajectories.jsonl") == training[:1]
 
 
 def test_faults_of_both_services_change_no_bit_and_the_cap_holds(agrl, whole, wiki, service, tmp_path):
     batches = len(whole.requests)
-    service.probability, service.seed = 0.3, 3
+    service.probability, service.seed = 0.3, 6
     wiki.faults[:] = [status(503), None, reset]
     code, shown = agrl(
         *("faulty", "cache-2", "--network.timeout-s", "0.3", "--embedder.usd-per-million-tokens", "0.1"),
@@ -280,7 +289,7 @@ def test_a_run_that_is_killed_while_it_waits_for_vectors_goes_on_as_if_nothing_h
 ):
     """Killed twice, in training and in evaluation, each time with a request under way, which is then answered."""
     written = lines(whole.folder / "trajectories.jsonl")
-    training = {query for t in written if t.get("update") == 3 and t["phase"] == "train" for query in t["queries"]}
+    training = {query for t in written if t.get("update") == 2 and t["phase"] == "train" for query in t["queries"]}
     evaluation = {query for t in written if t["phase"] == "evaluation" for query in t["queries"]}
     known = {query for t in written if t["phase"] == "train" for query in t["queries"]}
     price = ("--embedder.usd-per-million-tokens", "0.1", "--embedder.max-usd", "0.01")
@@ -310,20 +319,48 @@ def test_a_run_that_is_killed_while_it_waits_for_vectors_goes_on_as_if_nothing_h
     assert 0 < service.billed_usd <= spent <= 0.01
 
 
-def test_two_processes_share_what_they_fetch_and_read_as_one(agrl, arguments, wiki, service, tmp_path):
-    two_articles = ("--rollout.articles", "2", "--evaluation.articles", "0", "--training.updates", "2")
+TWO_ARTICLES = ("--rollout.articles", "2", "--evaluation.articles", "0", "--training.updates", "2")
+
+
+def together(*commands: list[str]) -> list[int]:
+    """Run a command in each of several processes of one run; return their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    command = arguments("two", tmp_path / "cache-2", *two_articles)
-    for child in [forked(command, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(2)]:
-        assert os.waitpid(child, 0)[1] == 0
+    children = [forked(command, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank, command in enumerate(commands)]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+@pytest.mark.timeout(60)
+def test_two_processes_share_what_they_fetch_and_read_as_one_and_one_s_failure_ends_both(
+    agrl, arguments, wiki, service, tmp_path, monkeypatch, capfd
+):
+    command = arguments("two", tmp_path / "cache-2", *TWO_ARTICLES)
+    assert together(command, command) == [0, 0]
     texts = [text for request in service.requests for text in request.texts]
     assert len(texts) == len(set(texts))
     assert len(wiki.requests) == len({json.dumps(request.query) for request in wiki.requests})
-    assert agrl("one", "cache-1", *two_articles)[0] == 0
+    assert agrl("one", "cache-1", *TWO_ARTICLES)[0] == 0
     one, two = (lines(tmp_path / "runs" / name / "trajectories.jsonl") for name in ("one", "two"))
     assert [(t["ids"], t["picks"]) for t in one] == [(t["ids"], t["picks"]) for t in two]
+
+    (tmp_path / "file").touch()
+    begin = arguments("three", tmp_path / "cache-2", *TWO_ARTICLES)
+    assert together(begin, [*begin, "--network.cache", str(tmp_path / "file" / "cache")]) == [8, 8]
+    said = "".join(capfd.readouterr())
+    assert said.count("network.cache: cannot make") == 2
+    assert "process 1: network.cache" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "runs" / "three").exists()
+
+    shutil.copytree(tmp_path / "cache-2", tmp_path / "other", ignore=shutil.ignore_patterns("wikipedia", "*.owners"))
+    monkeypatch.setitem(wiki.pages, "Elmbrook", Page(TEXT, revision=78))
+    resume = ["train", "--run", "two", "--resume", "--training.updates", "3"]
+    assert together(resume, [*resume, "--network.cache", str(tmp_path / "other")]) == [7, 7]
+    said = "".join(capfd.readouterr())
+    assert said.count("the corpus has changed") == 2
+    assert "process 1: the corpus has changed" in said
+    assert "Traceback" not in said
 
 
 def test_no_key_is_in_any_file_or_on_the_screen(agrl, service, tmp_path):
@@ -348,12 +385,12 @@ def test_a_dry_run_counts_what_would_be_sent_and_sends_nothing(agrl, service):
     code, shown = agrl("a", "cache", "--dry-run", *price, "--evaluation.articles", "0")
     assert code == 0
     assert service.requests == []
-    row = re.search(r"queries of the training +(\d+) +([\d,]+) +4 updates × 1 rows × (\d+) steps × 6 tokens", shown)
-    assert int(row[1]) == 4 * int(row[3])
-    assert int(row[2].replace(",", "")) == 4 * 6 * int(row[3])
+    row = re.search(r"queries of the training +(\d+) +([\d,]+) +3 updates × 1 rows × (\d+) steps × 4 tokens", shown)
+    assert int(row[1]) == UPDATES * int(row[3])
+    assert int(row[2].replace(",", "")) == UPDATES * 4 * int(row[3])
     keys = re.search(r"keys +(\d+) +(\d+) +\d+ keys × 24 tokens", shown)
     canaries = int(re.search(r"canaries +8 +([\d,]+) ", shown)[1].replace(",", ""))
-    total = int(row[2].replace(",", "")) + int(keys[2]) + 4 * 6 + canaries  # and the calibration's 4 queries
+    total = int(row[2].replace(",", "")) + int(keys[2]) + 4 * 4 + canaries  # and the calibration's 4 queries
     assert f"{total * 1000 / 1e6:.4f} USD" in shown
     assert "127.0.0.1" in shown
 
@@ -371,14 +408,8 @@ def test_a_dry_run_is_never_exceeded(service, tmp_path, monkeypatch, capsys, sha
     monkeypatch.chdir(tmp_path)
     small = ("--rollout.articles", "1", "--rollout.trajectories", "2", "--rollout.steps", "2", "--pairs.num-pairs", "6")
     sizes = (
-        "--training.updates",
-        "1",
-        "--selection.calibration-queries",
-        "8",
-        "--evaluation.oracle",
-        "false",
-        "--training.device",
-        "cpu",
+        *("--training.updates", "1", "--selection.calibration-queries", "8", "--training.device", "cpu"),
+        *("--evaluation.oracle", "false"),
     )
     embedder = ("--embedder.kind", "openai", "--embedder.base-url", service.url, "--network.cache", "cache")
     command = ["train", "--preset", "demo", *small, *sizes, *embedder, *SHAPES[shape]]
@@ -420,9 +451,9 @@ def test_narrow_vectors_warn_at_temperature_1_and_calibration_restores_steering(
         "pairs.num_pairs": 12,
         "rollout.articles": 4,
         "rollout.steps": 3,
-        "optimizer.learning_rate": 2e-3,
-        "optimizer.warmup_updates": 2,
-        "training.updates": 8,
+        "optimizer.learning_rate": 4e-3,
+        "optimizer.warmup_updates": 1,
+        "training.updates": 4,
         "training.device": "cpu",
         "log.trajectories_every": 0,
     }
@@ -434,7 +465,7 @@ def test_narrow_vectors_warn_at_temperature_1_and_calibration_restores_steering(
     assert first["selection/steerability"] > 0.3
     assert first["selection/temperature"] < 0.1
     assert last["reward/mean"] > first["reward/mean"]
-    session, update = runs.open_run(tmp_path / "run", {"evaluation.articles": 32})
+    session, update = runs.open_run(tmp_path / "run", {"evaluation.articles": 16})
     batches = run_arms(session, ["trained", "untrained"])
     records = [record for batch in batches for record in evaluation_records(session, batch, update)]
     assert summarise(records, held_out=True)["contrasts"]["trained-untrained"]["low"] > 0

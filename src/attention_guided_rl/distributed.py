@@ -18,6 +18,7 @@ from attention_guided_rl import errors
 from attention_guided_rl.errors import AgrlError, ConfigError
 
 MEETING_INTERVAL = 0.002  # seconds between looks at who has come
+FAREWELL = 10.0  # seconds that the process with the store waits for the others to have read why it ends
 
 
 class Processes:
@@ -104,8 +105,18 @@ class Processes:
                 name, _, message = store.get(f"agrl/{self._meetings}/{rank}").decode()[len("here ") :].partition(" ")
                 if name and error is None:
                     error = getattr(errors, name, AgrlError)(f"process {rank}: {message}")
+            if error is not None:
+                self._part(store)
         if error is not None:
             raise error
+
+    def _part(self, store: Any) -> None:
+        """Leave no sooner than all know why: the store, in which they read it, ends with the main process."""
+        store.set(f"agrl/{self._meetings}/{self.rank}/parted", "")
+        everyone = [f"agrl/{self._meetings}/{rank}/parted" for rank in range(self.count)]
+        until = time.monotonic() + FAREWELL
+        while self.is_main and not store.check(everyone) and time.monotonic() < until:
+            time.sleep(MEETING_INTERVAL)
 
     @contextlib.contextmanager
     def meeting(self) -> Iterator[None]:

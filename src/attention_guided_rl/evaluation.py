@@ -7,6 +7,7 @@ the trajectories that a model wrote, the figure and the table.
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from attention_guided_rl.session import Session
 from attention_guided_rl.storage import write_text
 from attention_guided_rl.summary import summarise
 from attention_guided_rl.tracking import RunLogs, pair_records, trajectory_records
+
+_log = logging.getLogger(__name__)
 
 
 def evaluate_run(
@@ -50,6 +53,7 @@ def evaluate_run(
         for batch in run_arms(session, pickers, battery=battery, orders=orders):
             records += evaluation_records(session, batch, update)
             _log_trajectories(session, logs, batch, update)
+    _warn_of_other_articles(folder / "evaluation.jsonl", records)
     summary = summarise(records, held_out=config.evaluation.corpus not in (None, config.corpus))
     write_text(folder / "evaluation.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
     write_text(folder / "evaluation.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
@@ -58,6 +62,21 @@ def evaluate_run(
     write_report(folder)
     print_summary(console, summary)
     return summary
+
+
+def _warn_of_other_articles(earlier: Path, records: list[dict[str, Any]]) -> None:
+    """Say so if the evaluation that these records replace read other articles, or other text of the same."""
+    if not earlier.exists():
+        return
+    before = {r["index"]: r["pool"] for r in map(json.loads, earlier.read_text(encoding="utf-8").splitlines())}
+    now = {r["index"]: r["pool"] for r in records}
+    changed = [index for index in now.keys() & before.keys() if now[index] != before[index]]
+    if changed:
+        _log.warning(
+            "%s: %d of %d articles or their texts are not those of the evaluation before, which this one replaces: the "
+            "two do not compare; name the network.cache and the files that the run began with to read the same",
+            earlier.parent, len(changed), len(now),
+        )  # fmt: skip
 
 
 def _log_trajectories(session: Session, logs: RunLogs, batch: EvaluationBatch, update: int) -> None:

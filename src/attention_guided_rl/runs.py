@@ -78,11 +78,15 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
         if resume and processes.is_main:
             write_text(folder / "config.yaml", config_to_yaml(config))  # what may change, say the number of updates
         trained = train_session(session, folder, resume=resume)
+        num_cut = _num_cut_texts(session)
+        num_cut_elsewhere = sum(processes.gather_objects([num_cut])) - num_cut
         summary = None
         if trained.interrupted_by is None and processes.is_main and config.evaluation.articles > 0:
             summary = evaluate_run(session, folder, trained.state.update, console)
         if processes.is_main and (spent := getattr(session.embedder, "spent_usd", 0)):
             console.print(f"embeddings of this run: {spent:.6f} USD spent", highlight=False)
+        if processes.is_main and (num_cut := num_cut_elsewhere + _num_cut_texts(session)):
+            console.print(f"texts of which only the beginning was embedded: {num_cut}", highlight=False)
     return RunResult(folder, trained, summary)
 
 
@@ -186,6 +190,10 @@ def newest_run(root: Path) -> Path:
     if not found:
         raise ConfigError(f"--resume: there is no run in {root}/")
     return found[-1].parent
+
+
+def _num_cut_texts(session: Session) -> int:
+    return int(getattr(session.embedder, "num_cut_texts", 0))
 
 
 def _prepare(session: Session, console: Console) -> None:

@@ -76,11 +76,19 @@ class Session:
             AgrlError: of the kind that fits, before any weights load where possible.
         """
         self.config, self.processes = config, processes
+        with processes.meeting():
+            self._check(account=account, goes_on=goes_on)
+        with processes.meeting():
+            self._load()
+
+    def _check(self, *, account: str, goes_on: bool) -> None:
+        """Find out what can be known before weights are loaded; the service is asked by the main process alone."""
+        config, processes = self.config, self.processes
         self.reward = _reward(config.reward.kind, "reward.kind")
         self.num_training_probes = config.reward.num_probes if self.reward.needs == "probes" else 0
         self.evaluation_reward = _reward(config.evaluation.reward or config.reward.kind, "evaluation.reward")
         self.objective: Objective = resolve(OBJECTIVES, config.objective.kind, "objective.kind")
-        make_embedder = resolve(EMBEDDERS, config.embedder.kind, "embedder.kind")
+        self._make_embedder = resolve(EMBEDDERS, config.embedder.kind, "embedder.kind")
         corpora: list[CorpusConfig] = (
             [config.corpus] if config.evaluation.corpus is None else [config.corpus, config.evaluation.corpus]
         )
@@ -92,18 +100,21 @@ class Session:
         processes.share(config.rollout.articles)
         if config.log.tensorboard:
             require_tensorboard()
-        context = context_tokens(config)
+        self._context = context_tokens(config)
+        if processes.is_main and hasattr(self._make_embedder, "preflight"):
+            self._make_embedder.preflight(config.embedder, self.network)
 
-        with processes.meeting():
-            if processes.is_main and hasattr(make_embedder, "preflight"):
-                make_embedder.preflight(config.embedder, self.network)
-
+    def _load(self) -> None:
+        """Load the model and open what it reads."""
+        config, processes = self.config, self.processes
         self.model: LanguageModel = load_model(
             config.model, processes.device, seed=config.training.seed, offline=config.network.offline
         )
         self.template: Template = build_template(self.model.tokenizer, config.template)
-        self.num_pairs, self.num_steps = resolve_sizes(config, self.template, self.model.encode, self.corpus, context)
-        self.embedder: Embedder = make_embedder(config.embedder, self.network, self.model)
+        self.num_pairs, self.num_steps = resolve_sizes(
+            config, self.template, self.model.encode, self.corpus, self._context
+        )
+        self.embedder: Embedder = self._make_embedder(config.embedder, self.network, self.model)
         micro_batch_rows = config.training.micro_batch_rows
         self.reference_scorer: Scorer = reference_scorer(self.model, micro_batch_rows)
         self.ema: EmaWeights | None = None

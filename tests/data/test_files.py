@@ -426,3 +426,18 @@ def test_hostile_markup_takes_bounded_time(tmp_path):
         write(tmp_path / f"{number}.md", "word " + piece * 20_000)
 
     assert all(article.text.startswith("word") for article in read(tmp_path))
+
+
+def test_what_is_about_the_folder_is_no_article(tmp_path, caplog):
+    (tmp_path / "mills").mkdir()
+    for name in ("README.md", "licence.txt", "One.txt", "mills/README.md"):
+        (tmp_path / name).write_text(f"# {name}\nA mill turns.", encoding="utf-8")
+    read = FilesCorpus(CorpusConfig(kind="files", path=tmp_path, drop_near_duplicates=False)).articles(0, 0)
+    assert sorted(article.source for article in read) == ["files:One.txt", "files:mills/README.md"]
+    assert "read 2 files, and passed over README.md, licence.txt" in caplog.text
+    named = FilesCorpus(CorpusConfig(kind="files", path=tmp_path / "README.md")).articles(0, 0)
+    assert [article.title for article in named] == ["README.md"]
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "README").with_suffix(".md").write_text("A mill.", encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"no .* file in this folder besides README\.md"):
+        FilesCorpus(CorpusConfig(kind="files", path=tmp_path / "only"))

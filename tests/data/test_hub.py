@@ -145,7 +145,7 @@ def test_every_pass_and_every_process_has_the_same_order(folder, network):
 def test_each_start_is_the_tail_of_the_whole(folder, network, shuffle):
     whole = read(folder, network, subset="20231101.xx", shuffle=shuffle)
     reused = corpus(folder, network, subset="20231101.xx", shuffle=shuffle)
-    for start in (1, 0, 6, 7, 8, 1000, 1001, 1007, 1008, 2000, 2499, 2500, 2501, 2507, 2508, 9999):
+    for start in (1, 0, 7, 8, 1000, 1007, 2000, 2500, 2507, 2508, 9999):  # at the edges of files and blocks
         fresh = corpus(folder, network, subset="20231101.xx", shuffle=shuffle)
         assert list(itertools.islice(fresh.articles(0, start), 20)) == whole[start : start + 20]
         if start % 500 == 0:  # until then it has read parts of files, from then on it knows how long they are
@@ -185,7 +185,7 @@ def test_second_and_third_resume_go_on_where_the_one_before_stopped(folder, netw
 def test_blocks_do_not_depend_on_row_groups(tmp_path, network):
     rows = [row(number) for number in range(2100)]
     found = []
-    for group in (17, 999, 1000, 1001, 5000):
+    for group in (17, 1000, 1001):
         write(tmp_path / f"by {group}" / "train.parquet", rows, group)
         found.append(titles(read(tmp_path / f"by {group}", network, shuffle=True)))
         assert titles(read(tmp_path / f"by {group}", network, shuffle=True, start=2050)) == found[-1][2050:]

@@ -492,6 +492,9 @@ def test_damaged_record_comes_back_in_its_revision_where_the_wiki_still_has_it(n
         wiki.pages["Lock"] = Page("Ships pass.", revision=9, earlier=((5, "Boats pass."),) if earlier else ())
         (article,) = read(wiki, network, titles=("Lock",))
     assert (article.text, article.revision) == (text, "5" if earlier else "9")
+    lost = [message for message in caplog.messages if "no longer shows that revision" in message]
+    assert len(lost) == (0 if earlier else 1)
+    assert all("'Lock' in revision 5 is damaged" in message and "start a new run" in message for message in lost)
 
 
 @pytest.mark.parametrize("changed", [True, False])

@@ -335,12 +335,12 @@ def test_nonsense_for_ever_ends_after_five_replies(service, make, fault):
 @pytest.mark.parametrize("fault", ["error_500", "error_503", "rate_limit", "reset", "garbage", "cut_body"])
 def test_a_service_that_is_down_is_given_up_within_the_deadline(service, make, fault):
     service.faults, service.probability = [fault], 1.0
-    encoder = make(deadline_s=0.3)
+    encoder = make(deadline_s=0.15)
     encoder._network.sleep = time.sleep
     began = time.monotonic()
     with pytest.raises(RemoteError, match="gave up after") as caught:
         encoder.encode(TEXTS)
-    assert time.monotonic() - began < 0.3 + TIMEOUT_S + 0.5
+    assert time.monotonic() - began < 0.15 + TIMEOUT_S + 0.5
     assert caught.value.exit_code == 5
     assert len(service.requests) >= 2
 
@@ -349,11 +349,11 @@ def test_a_service_that_is_down_is_given_up_within_the_deadline(service, make, f
 @pytest.mark.parametrize("fault", ["black_hole", "slow_drip", "slow_headers"])
 def test_a_reply_that_never_ends_is_given_up_at_the_deadline(service, make, fault, timeout_s):
     service.faults, service.probability = [fault], 1.0
-    encoder = make(deadline_s=0.5, timeout_s=timeout_s)
+    encoder = make(deadline_s=0.25, timeout_s=timeout_s)
     began = time.monotonic()
     with pytest.raises(RemoteError) as caught:
         encoder.encode(TEXTS)
-    assert time.monotonic() - began < 0.5 + 0.4  # some of which is computing
+    assert time.monotonic() - began < 0.25 + 0.4  # some of which is computing
     assert caught.value.exit_code == 5
 
 
@@ -388,21 +388,21 @@ def test_replies_with_one_place_changed_give_vectors_or_a_documented_error(servi
 # ---- many faults ----
 
 
-def test_a_hundred_and_fifty_batches_with_three_faults_in_ten(service, make):
+def test_a_hundred_batches_with_three_faults_in_ten(service, make):
     """0 lost, 0 misassigned, no more than 1.6 calls a batch, and a second run that asks for nothing."""
-    make.texts = [f"the {'red mill' if i % 2 else 'old boat'} of number {i}" for i in range(300)]
+    make.texts = [f"the {'red mill' if i % 2 else 'old boat'} of number {i}" for i in range(200)]
     service.faults, service.probability, service.seed = TRANSIENT, 0.3, 1
     options = {"model": "text-embedding-3-small", "dimensions": 64, "batch_texts": 2, "max_usd": 1.0, "timeout_s": 0.12}
     embedder = make.embedder(**options)
     before = len(service.requests)
-    vectors = embed(embedder, list(range(300)))
+    vectors = embed(embedder, list(range(200)))
     calls = len(service.requests) - before
-    assert 150 < calls <= 1.6 * 150
-    assert sum(request.fault is not None for request in service.requests[before:]) > 40
+    assert 100 < calls <= 1.6 * 100
+    assert sum(request.fault is not None for request in service.requests[before:]) > 27
 
     clean = service.vectors("text-embedding-3-small", make.texts, 64)
     similar = vectors @ clean.T
-    assert (similar.argmax(1) == np.arange(300)).all()
+    assert (similar.argmax(1) == np.arange(200)).all()
     assert similar.diagonal().min() > 0.999
     store = VectorStore(make(**options)._network.cache(STORE))
     stored = store.get(embedder.identity, make.texts)
@@ -411,12 +411,12 @@ def test_a_hundred_and_fifty_batches_with_three_faults_in_ten(service, make):
 
     service.probability = 0.0
     before = len(service.requests)
-    again = embed(make.embedder(**options), list(range(300)))
+    again = embed(make.embedder(**options), list(range(200)))
     assert [text for request in service.requests[before:] for text in request.texts] == list(CANARIES)
     assert again.tobytes() == vectors.tobytes()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_the_cap_holds_whatever_fails_and_raising_it_goes_on(service, make, seed):
     chance = random.Random(seed)
     make.texts = [f"text {i} " + "x" * chance.randrange(100) for i in range(12)]

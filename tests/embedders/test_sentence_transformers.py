@@ -1,8 +1,10 @@
 """The sentence-transformers embedder over a tiny model made here, in this process and behind a service."""
 
 import json
+import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from attention_guided_rl import runs
 from attention_guided_rl.cli import main
 from attention_guided_rl.config import EmbedderConfig, NetworkConfig
 from attention_guided_rl.embedders.openai import OpenAIEmbedder
@@ -287,3 +290,44 @@ def test_a_service_around_the_model_gives_the_model_s_vectors(original, network,
     assert np.abs(vectors - expected).max() < 1e-6
     here = SentenceTransformersEmbedder(settings(original), network, model)
     assert np.abs(vectors - here.embed_keys(*tokens(model, *texts))[:, 0].numpy()).max() < 1e-6
+
+
+def test_a_run_reads_by_the_vectors_of_a_service_around_the_model(original, make_config, tmp_path):
+    """All through HTTP; the picks' probabilities are those of the model's own vectors."""
+    local = library.SentenceTransformer(str(original), device="cpu", local_files_only=True)
+    with ModelServer(lambda texts: local.encode(texts, show_progress_bar=False)) as server:
+        settings = {"kind": "openai", "base_url": server.url, "model": "tiny", "key_prompt": "text: "}
+        options = {f"embedder.{name}": value for name, value in settings.items()}
+        options |= {"network.cache": str(tmp_path / "cache"), "training.updates": 2, "selection.temperature": 0.005}
+        runs.train(make_config(options), tmp_path / "run")
+    pairs = {pair["pair"]: pair for pair in lines(tmp_path / "run" / "pairs.jsonl")}
+    trajectories = lines(tmp_path / "run" / "trajectories.jsonl")
+    asked = {text for request in server.requests for text in request.texts}
+    assert len(trajectories) == 2 * 6
+    assert {query for t in trajectories for query in t["queries"]} <= asked
+    for t in trajectories:
+        keys = local.encode([f"text: {pairs[pair]['key']}" for pair in t["pairs"]], show_progress_bar=False)
+        first = local.encode(t["queries"][0], show_progress_bar=False)
+        scores = (unit(keys) @ unit(first)) / 0.005  # τ
+        expected = scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
+        assert t["selection_logprobs"][0] == pytest.approx(expected.tolist(), abs=5e-3)
+
+
+def test_how_many_texts_were_cut_is_said_at_the_end(original, make_config, tmp_path, capfd):
+    options = {"embedder.kind": "sentence_transformers", "embedder.model": str(original), "training.updates": 1}
+    options |= {"embedder.key_prompt": "x" * 600, "network.cache": str(tmp_path / "cache")}
+    with warnings.catch_warnings(record=True) as warned:  # and that keys cut to the same cannot be told apart
+        warnings.simplefilter("always")
+        runs.train(make_config(options), tmp_path / "run")
+    assert any("longer than 512 tokens" in str(warning.message) for warning in warned)
+    said = int(re.search(r"only the beginning was embedded: (\d+)", capfd.readouterr().out)[1])
+    keys = {pair["key"] for pair in lines(tmp_path / "run" / "pairs.jsonl")}
+    assert said >= len(keys)  # and those of the preparation
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -220,7 +220,8 @@ class PoolStream:
             if position.pinned != pinned:
                 raise CheckpointError(
                     "the corpus has changed: its articles are not the ones, or not in the revisions, that this run "
-                    "began with; resume with the network.cache it began with, or start a new run"
+                    "began with; resume with the network.cache it began with, or, if that was damaged or has changed, "
+                    "start a new run"
                 )
             self._articles = self._corpus.articles(position.epoch, position.offset - 1)
             before = next(self._articles, None)

@@ -15,6 +15,7 @@ from attention_guided_rl.errors import CorpusError
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 ARCHIVES = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+ABOUT = ("readme", "license", "licence", "copying")  # files that say something about the folder at whose top they lie
 MAX_UNPACKED = 2**28  # bytes of a .gz file: gzip packs a thousandfold, and all of a file stays in memory
 
 _log = logging.getLogger(__name__)
@@ -49,9 +50,14 @@ def list_files(path: Path) -> list[tuple[Path, str]]:
         _refuse_archive(file)
         if kind_of(file) not in SUFFIXES and not any(part.startswith(".") for part in Path(name).parts):
             others[file.suffix.lower() or "no suffix"] += 1
-    files = [(file, name) for name, file in found if kind_of(file) in SUFFIXES]
+    texts = [(file, name) for name, file in found if kind_of(file) in SUFFIXES]
+    about = [name for file, name in texts if file.parent == path and title_of(file).lower() in ABOUT]
+    files = [(file, name) for file, name in texts if name not in about]
     if not files:
-        raise CorpusError(f"{path}: no {', '.join(SUFFIXES)} file in this folder; correct corpus.path")
+        besides = f" besides {', '.join(about)}" if about else ""
+        raise CorpusError(f"{path}: no {', '.join(SUFFIXES)} file in this folder{besides}; correct corpus.path")
+    if about:
+        warn_once(f"{path}: read {len(files)} files, and passed over {', '.join(about)}, which is about the folder")
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
         warn_once(f"{path}: passed over {others.total()} files that are not {', '.join(SUFFIXES)}: {kinds}")

@@ -243,9 +243,18 @@ class _Library:
         """Fetch what is damaged in the cache in the revision that was there, where the wiki still has that."""
         for title in titles:
             lost = self._cache.damaged_revision(title)
-            page = None if lost is None else self._wiki.revision(title, *lost, licence)
+            if lost is None:
+                continue
+            page = self._wiki.revision(title, *lost, licence)
             if page is not None:
                 yield page
+            else:
+                _log.warning(
+                    "%s: the cache's copy of %r in revision %d is damaged, and the wiki no longer shows that revision; "
+                    "its newest is read. A run begun with revision %d cannot go on: put the file of the cache back "
+                    "from a backup, or start a new run",
+                    self._address.host, title, lost[1], lost[1],
+                )  # fmt: skip
 
     def _look_up(self, titles: Sequence[str], with_problems: bool) -> dict[str, CachedPage]:
         pages = {title: self._cache.read(CachedPage, title) for title in titles}

@@ -113,6 +113,11 @@ class OpenAIEncoder:
             http_client=http_client,
         )
 
+    @property
+    def num_cut_texts(self) -> int:
+        """Texts of which only the beginning was embedded."""
+        return self._cut_texts.count
+
     def batches(self, texts: Sequence[str]) -> Iterator[list[str]]:
         """Divide texts by the service's limits on texts and tokens of a request."""
         batch: list[str] = []

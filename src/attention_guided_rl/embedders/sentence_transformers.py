@@ -53,6 +53,11 @@ class SentenceTransformersEncoder:
         self._cut_texts = CutTexts(f"{self._longest} tokens")
         self.encode(CANARIES[:1])  # which checks the dimensions
 
+    @property
+    def num_cut_texts(self) -> int:
+        """Texts of which only the beginning was embedded."""
+        return self._cut_texts.count
+
     def batches(self, texts: Sequence[str]) -> Iterator[Sequence[str]]:
         """Divide texts into batches of `embedder.batch_texts`."""
         for start in range(0, len(texts), self._batch):

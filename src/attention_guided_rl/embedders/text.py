@@ -80,6 +80,11 @@ class TextEmbedder:
             raise RemoteError(f"embedder: {encoder.identity} has not answered yet; run once without --offline")
         self._dimensions = dimensions
 
+    @property
+    def num_cut_texts(self) -> int:
+        """Texts of this start that were too long for the encoder, so that only their beginning is embedded."""
+        return int(getattr(self._encoder, "num_cut_texts", 0))
+
     def embed_queries(self, ids: Int[Tensor, "B Q"], mask: Bool[Tensor, "B Q"]) -> Float[Tensor, "B 1 D"]:
         """Embed queries in one batched call; whitespace gives the zero vector."""
         return self._embed(ids, mask, self._encoder.query_prompt)
