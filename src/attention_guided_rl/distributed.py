@@ -88,7 +88,7 @@ class Processes:
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def rendezvous(self, error: AgrlError | None = None) -> None:
+    def rendezvous(self, error: Exception | None = None) -> None:
         """Wait until every process is here, without a collective: one may be busy with the network for minutes.
 
         A collective that waits longer than its backend's timeout ends the run; this only ends with the processes.
@@ -104,7 +104,9 @@ class Processes:
                     time.sleep(MEETING_INTERVAL)
                 name, _, message = store.get(f"agrl/{self._meetings}/{rank}").decode()[len("here ") :].partition(" ")
                 if name and error is None:
-                    error = getattr(errors, name, AgrlError)(f"process {rank}: {message}")
+                    kind = getattr(errors, name, None)  # None: a bug
+                    where = f"process {rank}: "
+                    error = kind(where + message) if kind else AgrlError(f"{where}{name} {message}")
             if error is not None:
                 self._part(store)
         if error is not None:
@@ -124,7 +126,7 @@ class Processes:
         error = None
         try:
             yield
-        except AgrlError as caught:
+        except Exception as caught:
             error = caught
         self.rendezvous(error)
 

@@ -28,7 +28,7 @@ from attention_guided_rl.checkpoint import (
 )
 from attention_guided_rl.data.pairs import PoolStream
 from attention_guided_rl.diagnostics import AlarmBell, raise_alarms, row_metrics
-from attention_guided_rl.errors import AgrlError, CheckpointError, NumericError
+from attention_guided_rl.errors import CheckpointError, NumericError
 from attention_guided_rl.randomness import Purpose, generator
 from attention_guided_rl.records import Advantages, PairPool, TrajectoryBatch
 from attention_guided_rl.rl_agent import AgentState, compute_advantages
@@ -102,7 +102,7 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
             try:
                 with processes.meeting():  # corpus and embedder may be remote
                     reading = read(session, stream, state.update, share)
-            except AgrlError:  # nothing of this update is anywhere yet
+            except Exception:  # nothing of this update is anywhere yet
                 if saved != checkpoint_path(run, state.update):
                     save(session, run, state, optimizer, logs)
                 raise
