@@ -1,0 +1,105 @@
+"""Our step beside the others', taken in turn on the same pools, so that a busy moment of the machine meets them all."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import trl_rows
+from cases import Case
+from machine import timed
+from measure import COMPARED, add_numbers, compared_row
+from naive import best_batch, naive_update
+from ours import Step, next_pool, our_step, warm_up
+from tables import Report
+
+from attention_guided_rl.records import PairPool
+
+TOLERANCE = 1e-3  # nats per value token
+
+
+class OutputsDifferError(AssertionError):
+    """A comparator did other work than ours: its time means nothing."""
+
+
+@dataclass
+class Seconds:
+    """The seconds of every variant, one number a repeat."""
+
+    ours: list[float] = field(default_factory=list)
+    others: dict[str, tuple[str, list[float]]] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which comparators to run, and how often."""
+
+    repeats: int
+    naive_batches: tuple[int | None, ...] = ()
+    """None: the fastest, found by trying."""
+    trl: bool = False
+    trl_tries: int = 3
+    """Batches of all rows, a half, a quarter, … are tried."""
+
+
+def compare(report: Report, case: Case, plan: Plan, folder: Path) -> Seconds:
+    """Run all variants `repeats` times, check that they did the same, and add their table."""
+    warm_up(case)
+    pool, uniforms = next_pool(case), case.uniforms(0)
+    found = Seconds()
+    batches = {}
+    if plan.naive_batches:
+        first = our_step(case, pool, uniforms)
+        for wanted in plan.naive_batches:
+            size = wanted or best_batch(case, pool, uniforms, first.paid.rows)
+            batches[f"naive loop{', its own best batch' if wanted is None else ''}"] = size
+    trainers = {}
+    if plan.trl and trl_rows.INSTALLED:
+        for rollout, name in (("plain", "TRL, plain generate with its cache"), ("ours", "TRL, our rollout inside")):
+            trainers[name] = trl_rows.best_trainer(
+                case, pool, uniforms, folder / "trl", rollout=rollout, tries=plan.trl_tries
+            )
+    for repeat in range(plan.repeats):
+        pool, uniforms = next_pool(case), case.uniforms(repeat)
+        ours = our_step(case, pool, uniforms)
+        found.ours.append(ours.seconds)
+        found.steps.append(ours)
+        for name, size in batches.items():
+            seconds = _naive(case, pool, uniforms, size, ours, name)
+            found.others.setdefault(name, (str(size), []))[1].append(seconds)
+        for name, trainer in trainers.items():
+            seconds = trainer.step(pool, uniforms)
+            check(name, ours, trainer.picks, trainer.rewards)
+            found.others.setdefault(name, (str(trainer.batch_rows), []))[1].append(seconds)
+    _add(report, case, found)
+    if plan.trl and not trl_rows.INSTALLED:
+        report.remark(f"{case.name}: {trl_rows.HOW_TO_INSTALL}")
+    return found
+
+
+def check(name: str, ours: Step, picks: torch.Tensor, rewards: torch.Tensor) -> None:
+    """Raise OutputsDifferError unless a variant made our picks and earned our rewards."""
+    same = torch.equal(picks.cpu(), ours.paid.rows.picks.cpu())
+    difference = float((rewards.cpu() - ours.paid.rewards.rewards.cpu()).abs().max()) if same else float("inf")
+    if difference > TOLERANCE:
+        raise OutputsDifferError(f"{name}: picks equal: {same}, rewards differ by {difference:.2g}")
+
+
+def _naive(case: Case, pool: PairPool, uniforms: torch.Tensor, size: int, ours: Step, name: str) -> float:
+    results = []
+    device = case.session.model.device
+    seconds = timed(lambda: results.append(naive_update(case.session, pool, uniforms, size)), device)
+    for parameter in case.session.model.named_trainable().values():
+        parameter.grad = None
+    check(name, ours, results[0].picks, results[0].rewards)
+    return seconds
+
+
+def _add(report: Report, case: Case, found: Seconds) -> None:
+    micro = case.session.config.training.micro_batch_rows
+    rows = [compared_row(case, "this package", str(micro or case.task.rows), found.ours, found.ours, "")]
+    for name, (at_once, seconds) in found.others.items():
+        rows.append(compared_row(case, name, at_once, seconds, found.ours, "equal"))
+    report.table(f"{case.name}: one update ({len(found.ours)} repeats)", COMPARED, rows)
+    add_numbers(report, case, "seconds", {"this package": found.ours} | {k: v for k, (_, v) in found.others.items()})
+    add_numbers(report, case, "rows_at_once", {name: at_once for name, (at_once, _) in found.others.items()})
