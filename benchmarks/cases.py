@@ -4,7 +4,9 @@ Models other than the bundled one have random weights and a vocabulary of words;
 to a folder and loaded as a user's would be.
 """
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +24,25 @@ from attention_guided_rl.session import Session
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
-LLAMAS: dict[str, dict[str, Any]] = {
-    "3 M": {
-        **{"vocab_size": 4_096, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6},
-        **{"num_attention_heads": 6, "num_key_value_heads": 3},
-    },
-    "30 M": {
-        **{"vocab_size": 16_384, "hidden_size": 512, "intermediate_size": 1_408, "num_hidden_layers": 8},
-        **{"num_attention_heads": 8, "num_key_value_heads": 4},
-    },
-    "100 M": {
-        **{"vocab_size": 32_768, "hidden_size": 768, "intermediate_size": 2_048, "num_hidden_layers": 12},
-        **{"num_attention_heads": 12, "num_key_value_heads": 4},
-    },
-    "Llama-3.2-3B": {
-        **{"vocab_size": 128_256, "hidden_size": 3_072, "intermediate_size": 8_192, "num_hidden_layers": 28},
-        **{"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128},
-    },
-    "toy": {
-        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2},
-    },
+
+def _llama(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+    }
+
+
+LLAMAS = {
+    "3 M": _llama(4_096, 192, 512, 6, 6, 3),
+    "30 M": _llama(16_384, 512, 1_408, 8, 8, 4),
+    "100 M": _llama(32_768, 768, 2_048, 12, 12, 4),
+    "Llama-3.2-3B": _llama(128_256, 3_072, 8_192, 28, 24, 8),
+    "toy": _llama(64, 32, 48, 2, 4, 2),
 }
 """Shapes with random weights. All have tied embeddings."""
 
@@ -99,7 +99,8 @@ def random_case(name: str, sizes: Sizes, folder: Path, *, overrides: dict[str, A
     """A Llama of `LLAMAS[name]` with random weights; changes to its shape are given as `model.vocab_size` and so on."""
     overrides = dict(overrides or {})
     shape = {**LLAMAS[name], **{k[6:]: overrides.pop(k) for k in list(overrides) if k[6:] in LLAMAS[name]}}
-    save_random_llama(shape, sizes, folder)
+    if not (folder / "config.json").exists():
+        save_random_llama(shape, sizes, folder)
     empty = folder / "empty.yaml"
     empty.write_text("{}\n", encoding="utf-8")
     config = load_config(files=[empty], overrides={**_overrides(sizes, folder), **overrides})
@@ -107,6 +108,17 @@ def random_case(name: str, sizes: Sizes, folder: Path, *, overrides: dict[str, A
     _move_policy(session)
     stream = RandomPools(sizes, len(session.model.tokenizer))
     return _case(name, session, stream)
+
+
+@contextlib.contextmanager
+def shortened(case: Case, num_steps: int) -> Iterator[Case]:
+    """Give the case with shorter trajectories, for a while: to warm up, and to try out sizes."""
+    session, full = case.session, case.session.num_steps
+    session.num_steps = min(num_steps, full)
+    try:
+        yield replace(case, task=replace(case.task, num_steps=session.num_steps))
+    finally:
+        session.num_steps = full
 
 
 def save_random_llama(shape: dict[str, Any], sizes: Sizes, folder: Path) -> None:

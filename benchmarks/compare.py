@@ -15,6 +15,8 @@ from tables import Report
 from attention_guided_rl.records import PairPool
 
 TOLERANCE = 1e-3  # nats per value token
+Outputs = tuple[torch.Tensor, torch.Tensor]
+"""Picks and rewards, of the same rows and steps."""
 
 
 class OutputsDifferError(AssertionError):
@@ -56,9 +58,7 @@ def compare(report: Report, case: Case, plan: Plan, folder: Path) -> Seconds:
     trainers = {}
     if plan.trl and trl_rows.INSTALLED:
         for rollout, name in (("plain", "TRL, plain generate with its cache"), ("ours", "TRL, our rollout inside")):
-            trainers[name] = trl_rows.best_trainer(
-                case, pool, uniforms, folder / "trl", rollout=rollout, tries=plan.trl_tries
-            )
+            trainers[name] = trl_rows.best_trainer(case, pool, folder / "trl", rollout=rollout, tries=plan.trl_tries)
     for repeat in range(plan.repeats):
         pool, uniforms = next_pool(case), case.uniforms(repeat)
         ours = our_step(case, pool, uniforms)
@@ -69,7 +69,7 @@ def compare(report: Report, case: Case, plan: Plan, folder: Path) -> Seconds:
             found.others.setdefault(name, (str(size), []))[1].append(seconds)
         for name, trainer in trainers.items():
             seconds = trainer.step(pool, uniforms)
-            check(name, ours, trainer.picks, trainer.rewards)
+            check(name, outputs(ours), (trainer.picks, trainer.rewards))
             found.others.setdefault(name, (str(trainer.batch_rows), []))[1].append(seconds)
     _add(report, case, found)
     if plan.trl and not trl_rows.INSTALLED:
@@ -77,11 +77,16 @@ def compare(report: Report, case: Case, plan: Plan, folder: Path) -> Seconds:
     return found
 
 
-def check(name: str, ours: Step, picks: torch.Tensor, rewards: torch.Tensor) -> None:
-    """Raise OutputsDifferError unless a variant made our picks and earned our rewards."""
-    same = torch.equal(picks.cpu(), ours.paid.rows.picks.cpu())
-    difference = float((rewards.cpu() - ours.paid.rewards.rewards.cpu()).abs().max()) if same else float("inf")
-    if difference > TOLERANCE:
+def outputs(step: Step) -> Outputs:
+    """Return what a comparator's outputs must equal."""
+    return step.paid.rows.picks, step.paid.rewards.rewards
+
+
+def check(name: str, ours: Outputs, theirs: Outputs) -> None:
+    """Raise OutputsDifferError unless a variant made our picks and earned our rewards (to TOLERANCE)."""
+    same = torch.equal(ours[0].cpu(), theirs[0].cpu())
+    difference = float((ours[1].cpu() - theirs[1].cpu()).abs().max())
+    if not same or difference > TOLERANCE:
         raise OutputsDifferError(f"{name}: picks equal: {same}, rewards differ by {difference:.2g}")
 
 
@@ -91,7 +96,7 @@ def _naive(case: Case, pool: PairPool, uniforms: torch.Tensor, size: int, ours: 
     seconds = timed(lambda: results.append(naive_update(case.session, pool, uniforms, size)), device)
     for parameter in case.session.model.named_trainable().values():
         parameter.grad = None
-    check(name, ours, results[0].picks, results[0].rewards)
+    check(name, outputs(ours), (results[0].picks, results[0].rewards))
     return seconds
 
 
@@ -99,7 +104,7 @@ def _add(report: Report, case: Case, found: Seconds) -> None:
     micro = case.session.config.training.micro_batch_rows
     rows = [compared_row(case, "this package", str(micro or case.task.rows), found.ours, found.ours, "")]
     for name, (at_once, seconds) in found.others.items():
-        rows.append(compared_row(case, name, at_once, seconds, found.ours, "equal"))
+        rows.append(compared_row(case, name, at_once, seconds, found.ours, "picks, rewards equal"))
     report.table(f"{case.name}: one update ({len(found.ours)} repeats)", COMPARED, rows)
     add_numbers(report, case, "seconds", {"this package": found.ours} | {k: v for k, (_, v) in found.others.items()})
     add_numbers(report, case, "rows_at_once", {name: at_once for name, (at_once, _) in found.others.items()})

@@ -164,11 +164,12 @@ class Trajectories:
 
 
 def phase_flops(shape: Shape, task: Trajectories) -> dict[str, Flops]:
-    """Return the least work of each phase of one update: each token once in the rollout and once in the frozen pass,
+    """Return the least work of each phase of one update.
 
-    forward and backward once in the update, the head at query positions (rollout; update and its reference) and at value
-    positions (frozen pass, priors). Templates and values of the rollout, and the last token of each query, are encoded
-    together: that is the value prefill. The rest is decoded token by token.
+    Each token goes once through the rollout, once through the frozen pass, and forward and backward through the update;
+    the head runs at query positions (rollout; update and its reference) and at value positions (frozen pass, priors).
+    Templates and values of the rollout, and the last token of each query, are encoded together: the value prefill. The
+    rest is decoded token by token.
     """
     decoded = task.num_steps * (task.query_len - 1)  # per row; the first query token comes out of a prefill
     decode_pairs = sum(
@@ -251,4 +252,3 @@ def naive_step_works(task: Trajectories, step: int) -> list[Work]:
         whole(before + q, q, adapter=False),
         whole(before + q, q, backward=True),
     ]
-

@@ -10,7 +10,15 @@ from ours import Step, weight_bytes
 from phases import PHASES
 from tables import Report, mib, spread
 
-COMPARED = ["", "rows at once", "seconds a step", "trajectories/s", "trajectory tokens/s", "ours is faster by", "outputs"]
+COMPARED = [
+    "",
+    "rows at once",
+    "seconds a step",
+    "trajectories/s",
+    "trajectory tokens/s",
+    "ours is faster by",
+    "outputs",
+]
 
 
 def size_of(case: Case) -> str:
@@ -26,7 +34,9 @@ def size_of(case: Case) -> str:
     )
 
 
-def compared_row(case: Case, name: str, at_once: str, seconds: list[float], ours: list[float], checked: str) -> list[str]:
+def compared_row(
+    case: Case, name: str, at_once: str, seconds: list[float], ours: list[float], checked: str
+) -> list[str]:
     """Return one variant's row; ratios are of steps taken next to each other."""
     rows, tokens = case.task.rows, case.task.tokens
     pairs = list(zip(seconds, ours, strict=False))

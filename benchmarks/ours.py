@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import Case
+from cases import Case, shortened
 from machine import timed
 from phases import Clock, clocked
 
@@ -63,13 +63,8 @@ def next_pool(case: Case) -> PairPool:
 
 def warm_up(case: Case, num_steps: int = 2) -> None:
     """Take a short step, so that libraries have loaded what they load at first use."""
-    session = case.session
-    full = session.num_steps
-    session.num_steps = min(num_steps, full)
-    try:
-        our_step(case, next_pool(case), case.uniforms(10**6))
-    finally:
-        session.num_steps = full
+    with shortened(case, num_steps) as short:
+        our_step(short, next_pool(short), short.uniforms(10**6))
 
 
 def weight_bytes(case: Case) -> int:

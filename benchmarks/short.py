@@ -28,8 +28,10 @@ def run_case(report: Report, name: str, case: Case, plan: Plan, folder: Path, be
     report.remark(size_of(case))
 
     def limits():
-        return measure_limits(CPU, torch.float32, sizes=(64,), copy_bytes=2**20) if toy else default_limits(
-            CPU, torch.float32
+        return (
+            measure_limits(CPU, torch.float32, sizes=(64,), copy_bytes=2**20)
+            if toy
+            else default_limits(CPU, torch.float32)
         )
 
     measured = {"before": limits()}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case
+from cases import Case, shortened
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PrinterCallback, TrainerCallback
 
@@ -43,7 +43,11 @@ class TrlTrainer:
         from trl import GRPOConfig, GRPOTrainer
 
         session, task = case.session, case.task
-        self.case, self.batch_rows, self._rollout = case, batch_rows, {"plain": self._plain, "ours": self._ours}[rollout]
+        self.case, self.batch_rows, self._rollout = (
+            case,
+            batch_rows,
+            {"plain": self._plain, "ours": self._ours}[rollout],
+        )
         self.seconds: list[float] = []
         self.picks = self.rewards = torch.zeros(0)
         config = GRPOConfig(
@@ -111,15 +115,12 @@ class TrlTrainer:
         parts = [self._generate_rows(index) for index in torch.arange(self.case.task.rows).split(self.batch_rows)]
         ids, picks, written, logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
         self._score = lambda: torch.cat(
-            [
-                self._frozen_pass(ids[i], picks[i], i)
-                for i in torch.arange(len(ids)).split(self.batch_rows)
-            ]
+            [self._frozen_pass(ids[i], picks[i], i) for i in torch.arange(len(ids)).split(self.batch_rows)]
         )
         return self._answer(ids, picks, written, logprobs)
 
     def _generate_rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Write rows with `generate`; return ids (b, T), picks (b, S), what the model wrote and its log-probabilities."""
+        """Write rows with `generate`; return ids, picks, which tokens it wrote, their log-probabilities."""
         session, task, template = self.case.session, self.case.task, self.case.session.template
         model, device = session.model.peft_model, session.model.device
         group = task.rows // task.articles
@@ -158,7 +159,7 @@ class TrlTrainer:
     @torch.no_grad()
     def _frozen_pass(self, ids: Tensor, picks: Tensor, index: Tensor) -> Tensor:
         """Score the values of finished rows, and those of the pool on their own; return rewards (b, S)."""
-        session, task, template = self.case.session, self.case.task, self.case.session.template
+        task, template = self.case.task, self.case.session.template
         layout = template.layout(task.num_steps, task.query_len, task.value_len)
         raw = self._value_logprobs(ids, layout.value_positions).view(*picks.shape, -1).sum(-1)
         if index[0] == 0:  # once an update
@@ -195,13 +196,14 @@ class TrlTrainer:
         return torch.tensor(piece, device=self.case.session.model.device).expand(rows, -1)
 
 
-def best_trainer(case: Case, pool: PairPool, uniforms: Tensor, folder: Path, *, rollout: str, tries: int) -> TrlTrainer:
-    """Make trainers with batches of all rows, half of them, a quarter …; return the fastest at one step each."""
+def best_trainer(case: Case, pool: PairPool, folder: Path, *, rollout: str, tries: int) -> TrlTrainer:
+    """Return a trainer with the fastest of the batches of all rows, half of them, a quarter …, tried on two steps."""
     sizes = [case.task.rows >> i for i in range(tries) if case.task.rows % (1 << i) == 0 and case.task.rows >> i]
-    trainers = [TrlTrainer(case, size, folder, rollout=rollout) for size in sizes]
-    if len(trainers) == 1:
-        return trainers[0]
-    return min(trainers, key=lambda trainer: trainer.step(pool, uniforms))
+    seconds = {}
+    with shortened(case, 2) as short:
+        for size in sizes if len(sizes) > 1 else []:
+            seconds[size] = TrlTrainer(short, size, folder, rollout=rollout).step(pool, short.uniforms(0))
+    return TrlTrainer(case, min(sizes, key=lambda size: seconds.get(size, 0.0)), folder, rollout=rollout)
 
 
 class _InverseCdf(LogitsProcessor):
