@@ -85,9 +85,11 @@ class Case:
         return 2 if self.session.config.model.dtype == "bfloat16" else 4
 
 
-def demo_case() -> Case:
+def demo_case(reward: str = "value_prior") -> Case:
     """The demo's shape: bundled model, generated encyclopedia, its preset's sizes; only the weights stand still."""
-    config = load_config("demo", overrides={"training.device": "cpu", "optimizer.learning_rate": 0.0})
+    config = load_config(
+        "demo", overrides={"training.device": "cpu", "optimizer.learning_rate": 0.0, "reward.kind": reward}
+    )
     session = Session(config, Processes("cpu"))
     session.calibrate(config.corpus)
     _move_policy(session)

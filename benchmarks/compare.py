@@ -8,7 +8,7 @@ import trl_rows
 from cases import Case
 from machine import timed
 from measure import COMPARED, add_numbers, compared_row
-from naive import best_batch, naive_update
+from naive import best_batch, naive_update, summed, time_step
 from ours import Step, next_pool, our_step, warm_up
 from tables import Report
 
@@ -39,6 +39,8 @@ class Plan:
     repeats: int
     naive_batches: tuple[int | None, ...] = ()
     """None: the fastest, found by trying."""
+    naive_in_full: bool = True
+    """False: at its first, middle and last step only, summed."""
     trl: bool = False
     trl_tries: int = 3
     """Batches of all rows, a half, a quarter, … are tried."""
@@ -54,7 +56,8 @@ def compare(report: Report, case: Case, plan: Plan, folder: Path) -> Seconds:
         first = our_step(case, pool, uniforms)
         for wanted in plan.naive_batches:
             size = wanted or best_batch(case, pool, uniforms, first.paid.rows)
-            batches[f"naive loop{', its own best batch' if wanted is None else ''}"] = size
+            own = ", its own best batch" if wanted is None else ""
+            batches[f"naive loop{own}{'' if plan.naive_in_full else ', three steps summed'}"] = size
     trainers = {}
     if plan.trl and trl_rows.INSTALLED:
         for rollout, name in (("plain", "TRL, plain generate with its cache"), ("ours", "TRL, our rollout inside")):
@@ -65,7 +68,10 @@ def compare(report: Report, case: Case, plan: Plan, folder: Path) -> Seconds:
         found.ours.append(ours.seconds)
         found.steps.append(ours)
         for name, size in batches.items():
-            seconds = _naive(case, pool, uniforms, size, ours, name)
+            if plan.naive_in_full:
+                seconds = _naive(case, pool, uniforms, size, ours, name)
+            else:
+                seconds = summed(list(sampled_naive(case, pool, uniforms, size, ours).values()), case.task.num_steps)
             found.others.setdefault(name, (str(size), []))[1].append(seconds)
         for name, trainer in trainers.items():
             seconds = trainer.step(pool, uniforms)
@@ -88,6 +94,17 @@ def check(name: str, ours: Outputs, theirs: Outputs) -> None:
     difference = float((ours[1].cpu() - theirs[1].cpu()).abs().max())
     if not same or difference > TOLERANCE:
         raise OutputsDifferError(f"{name}: picks equal: {same}, rewards differ by {difference:.2g}")
+
+
+def sampled_naive(case: Case, pool: PairPool, uniforms: torch.Tensor, batch_rows: int, ours: Step) -> dict[int, float]:
+    """Time the naive loop at its first, middle and last step; return seconds by step, outputs checked."""
+    found = {}
+    for number in sorted({0, case.task.num_steps // 2, case.task.num_steps - 1}):
+        seconds, picks, rewards = time_step(case, pool, uniforms, ours.paid.rows, number, batch_rows)
+        all_picks, all_rewards = outputs(ours)
+        check(f"naive loop, step {number + 1}", (all_picks[:, number], all_rewards[:, number]), (picks, rewards))
+        found[number] = seconds
+    return found
 
 
 def _naive(case: Case, pool: PairPool, uniforms: torch.Tensor, size: int, ours: Step, name: str) -> float:

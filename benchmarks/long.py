@@ -3,7 +3,7 @@
     python benchmarks/long.py [--repeats 3] [--only 32 100] [--toy]
 
 The naive loop is timed at its first, middle and last step (the loss of that step included), each `--repeats` times, at
-its own best batch; the sum over all steps is by the parabola through the three medians. Picks and rewards of each step
+its own best batch; the sum over all steps is by the parabola through the three. Picks and rewards of each step
 timed are checked against ours.
 """
 
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from cases import Case, Sizes, random_case
-from compare import check, outputs
+from compare import sampled_naive
 from machine import default_limits, describe, measure_limits
 from measure import COMPARED, add_numbers, compared_row, limits_row, memory_table, phase_table, size_of
-from naive import best_batch, summed, time_step
-from ours import next_pool, our_step, warm_up
+from naive import best_batch, summed
+from ours import Step, next_pool, our_step, warm_up
 from tables import OUT, Report, spread
 
 from attention_guided_rl.memory import peak_bytes, reset_peak
@@ -35,34 +35,29 @@ def run_case(report: Report, case: Case, repeats: int, before: int, toy: bool) -
     sizes = {"sizes": (64,), "copy_bytes": 2**20}
     limits = measure_limits(CPU, torch.float32, **sizes) if toy else default_limits(CPU, torch.float32)
     num_steps = case.task.num_steps
-    chosen = sorted({0, num_steps // 2, num_steps - 1})
-    seconds: dict[int, list[float]] = {step: [] for step in chosen}
-    ours, batch = [], 0
+    ours: list[Step] = []
+    sampled: list[dict[int, float]] = []
+    batch = 0
     for repeat in range(repeats):
         pool, uniforms = next_pool(case), case.uniforms(repeat)
-        step = our_step(case, pool, uniforms)
-        ours.append(step)
-        batch = batch or best_batch(case, pool, uniforms, step.paid.rows)
-        for number in chosen:
-            elapsed, picks, rewards = time_step(case, pool, uniforms, step.paid.rows, number, batch)
-            of_ours = [values[:, number] for values in outputs(step)]
-            check(f"naive loop, step {number + 1}", (of_ours[0], of_ours[1]), (picks, rewards))
-            seconds[number].append(elapsed)
-    first, middle, last = (seconds[chosen[min(i, len(chosen) - 1)]] for i in range(3))
-    naive = [summed(f, m, e, num_steps) for f, m, e in zip(first, middle, last, strict=True)]
+        ours.append(our_step(case, pool, uniforms))
+        batch = batch or best_batch(case, pool, uniforms, ours[0].paid.rows)
+        sampled.append(sampled_naive(case, pool, uniforms, batch, ours[-1]))
+    naive = [summed(list(seconds.values()), num_steps) for seconds in sampled]
+    by_step = {number: [seconds[number] for seconds in sampled] for number in sampled[0]}
     whole = [step.seconds for step in ours]
     rows = [
         compared_row(case, "this package", str(case.task.rows), whole, whole, ""),
         compared_row(case, "naive loop, its own best batch, summed", str(batch), naive, whole, "steps timed equal"),
     ]
     report.table(f"{case.name}, N = {case.task.num_pairs}: one update ({repeats} repeats)", COMPARED, rows)
-    steps = [[str(number + 1), spread(values)] for number, values in seconds.items()]
+    steps = [[str(number + 1), spread(values)] for number, values in by_step.items()]
     report.table("naive loop: seconds of single steps, all rows", ["step", "seconds"], steps)
     limits_row(report, {"before": limits})
     phase_table(report, case, ours, limits)
     memory_table(report, case, ours[-1], before)
     add_numbers(
-        report, case, "naive", {"summed": statistics.median(naive), "steps": {str(k): v for k, v in seconds.items()}}
+        report, case, "naive", {"summed": statistics.median(naive), "steps": {str(k): v for k, v in by_step.items()}}
     )
 
 

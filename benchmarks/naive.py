@@ -140,16 +140,17 @@ def time_step(
 
 
 def best_batch(case: Case, pool: PairPool, uniforms: Tensor, finished: TrajectoryBatch) -> int:
-    """Try batches of 1, 2, 4, … rows on the middle step; return the fastest."""
-    candidates = [2**i for i in range(20) if 2**i < case.task.rows] + [case.task.rows]
+    """Try batches of 2, 4, 8, … rows on the middle step; return the fastest."""
+    candidates = [2**i for i in range(1, 20) if 2**i < case.task.rows] + [case.task.rows]
     middle = finished.num_steps // 2
     return min(candidates, key=lambda size: time_step(case, pool, uniforms, finished, middle, size)[0])
 
 
-def summed(first: float, middle: float, last: float, num_steps: int) -> float:
-    """Add up the seconds of all steps from those of steps 0, ⌊S/2⌋ and S − 1, by the parabola through them."""
+def summed(seconds: list[float], num_steps: int) -> float:
+    """Add up all steps from the first, middle (⌊S/2⌋) and last, by the parabola through them; up to three as they are."""
     if num_steps <= 3:
-        return first + (middle if num_steps > 2 else 0.0) + (last if num_steps > 1 else 0.0)
+        return sum(seconds)
+    first, middle, last = seconds
     m, e = num_steps // 2, num_steps - 1
     total = 0.0
     for t in range(num_steps):

@@ -10,6 +10,7 @@ from machine import timed
 from phases import Clock, clocked
 
 from attention_guided_rl.diagnostics import row_metrics
+from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import PairPool
 from attention_guided_rl.rl_agent import AgentState, compute_advantages
 from attention_guided_rl.session import PaidRows
@@ -32,10 +33,12 @@ def update_step(case: Case, optimizer: Any, pool: PairPool, uniforms: torch.Tens
     config = session.config
     rows = session.rollout(pool, uniforms)
     session.steerability(pool)
+    rollout = config.rollout
+    q0 = session.counterfactual_uniforms(Purpose.COUNTERFACTUAL, 0, range(rollout.articles), rollout.trajectories)
     with _memory(clock, "frozen pass"):
-        paid = session.pay(rows, pool)
+        paid = session.pay(rows, pool, q0)
     rewards = paid.rewards.rewards
-    advantages, _ = compute_advantages(rewards, config.objective, AgentState(), config.rollout.trajectories)
+    advantages, _ = compute_advantages(rewards, config.objective, AgentState(), rollout.trajectories)
     with _memory(clock, "update"), clock.phase("update") if clock else contextlib.nullcontext():
         apply_update(session, optimizer, paid, pool, advantages, rewards, 0)
     row_metrics(session, paid, advantages, rewards)

@@ -14,9 +14,9 @@ import torch
 from cases import Case, Sizes, demo_case, random_case
 from compare import Plan, compare
 from machine import default_limits, describe, measure_limits
-from measure import limits_row, memory_table, phase_table, size_of
-from ours import next_pool, our_step
-from tables import OUT, Report
+from measure import add_numbers, limits_row, memory_table, phase_table, size_of
+from ours import next_pool, our_step, warm_up
+from tables import OUT, Report, spread
 
 from attention_guided_rl.memory import peak_bytes, reset_peak
 
@@ -43,6 +43,19 @@ def run_case(report: Report, name: str, case: Case, plan: Plan, folder: Path, be
     memory_table(report, case, memory_step, before)
 
 
+def counterfactual(report: Report, case: Case, repeats: int) -> None:
+    """Add what the counterfactual reward costs on top of the default, in turn on the same pools."""
+    other = demo_case("counterfactual")
+    warm_up(other)
+    extra = []
+    for repeat in range(repeats):
+        pool, uniforms = next_pool(case), case.uniforms(repeat)
+        default = our_step(case, pool, uniforms, phases=False).seconds
+        extra.append(our_step(other, pool, uniforms, phases=False).seconds / default - 1)
+    report.remark(f"counterfactual reward on top of the default: {spread([100 * e for e in extra])} % more time")
+    add_numbers(report, case, "counterfactual_extra", extra)
+
+
 def main(arguments: list[str] | None = None) -> Report:
     """Run the cases asked for."""
     warnings.simplefilter("ignore")  # what libraries deprecate
@@ -56,7 +69,7 @@ def main(arguments: list[str] | None = None) -> Report:
     wanted = ["toy"] if options.toy else options.only
     plans = {
         "demo": Plan(options.repeats, naive_batches=(2, None)),
-        "30 M": Plan(options.repeats, naive_batches=(None,), trl=True),
+        "30 M": Plan(options.repeats, naive_batches=(None,), naive_in_full=False, trl=True, trl_tries=2),
         "100 M": Plan(options.repeats),
         "toy": Plan(options.repeats, naive_batches=(2, None), trl=True, trl_tries=1),
     }
@@ -67,6 +80,8 @@ def main(arguments: list[str] | None = None) -> Report:
         with tempfile.TemporaryDirectory() as folder:
             case = demo_case() if name == "demo" else random_case(name, sizes, Path(folder))
             run_case(report, name, case, plans[name], Path(folder), before, options.toy)
+            if name == "demo":
+                counterfactual(report, case, options.repeats)
     report.write(options.out)
     return report
 
