@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import trl_rows
 from cases import Case
+from flops import naive_flops, our_flops, trl_flops
 from machine import timed
 from measure import COMPARED, add_numbers, compared_row
 from naive import best_batch, naive_update, summed, time_step
@@ -119,9 +120,20 @@ def _naive(case: Case, pool: PairPool, uniforms: torch.Tensor, size: int, ours: 
 
 def _add(report: Report, case: Case, found: Seconds) -> None:
     micro = case.session.config.training.micro_batch_rows
-    rows = [compared_row(case, "this package", str(micro or case.task.rows), found.ours, found.ours, "")]
+    rows = [
+        compared_row(
+            case,
+            "this package",
+            str(micro or case.task.rows),
+            found.ours,
+            found.ours,
+            our_flops(case.shape, case.task),
+            "",
+        )
+    ]
     for name, (at_once, seconds) in found.others.items():
-        rows.append(compared_row(case, name, at_once, seconds, found.ours, "picks, rewards equal"))
+        work = (naive_flops if name.startswith("naive") else trl_flops)(case.shape, case.task)
+        rows.append(compared_row(case, name, at_once, seconds, found.ours, work, "equal"))
     report.table(f"{case.name}: one update ({len(found.ours)} repeats)", COMPARED, rows)
     add_numbers(report, case, "seconds", {"this package": found.ours} | {k: v for k, (_, v) in found.others.items()})
     add_numbers(report, case, "rows_at_once", {name: at_once for name, (at_once, _) in found.others.items()})

@@ -233,22 +233,45 @@ def cache_bytes(shape: Shape, task: Trajectories, width: int) -> int:
     return width * 2 * shape.layers * shape.kv_heads * shape.head_dim * task.tokens
 
 
-def naive_step_works(task: Trajectories, step: int) -> list[Work]:
-    """What the naive loop asks of the model in one step, all rows: context, query tokens, value, prior; loss.
+def our_flops(shape: Shape, task: Trajectories) -> int:
+    """Return the least operations of one update."""
+    return sum(count.total for count in phase_flops(shape, task).values())
 
-    The head runs over all of a scored text, for that is how its log-probabilities are first written.
+
+def naive_flops(shape: Shape, task: Trajectories) -> int:
+    """Return the operations of one update of the naive loop.
+
+    Every step: the context and the query's tokens, the value, the prior, and the loss under reference and policy. A
+    scored text goes through the head as a whole, for that is how its log-probabilities are first written.
     """
-    rows, q, v = task.rows, task.query_len, task.value_len
-    before = task.prompt_len + step * task.step_len + task.before_query_len
-    text = before + q + task.before_value_len + v
+    rows, q = task.rows, task.query_len
 
-    def whole(tokens: int, head: int, **options: bool) -> Work:
-        return Work(tokens=rows * tokens, pairs=rows * causal_pairs(tokens), head=rows * head, **options)
+    def whole(tokens: int, head: int, *, adapter: bool = True, backward: bool = False) -> int:
+        work = Work(
+            tokens=rows * tokens,
+            pairs=rows * causal_pairs(tokens),
+            head=rows * head,
+            adapter=adapter,
+            backward=backward,
+        )
+        return flops(shape, work).total
 
-    return [
-        whole(before + q - 1, q),
-        whole(text, text, adapter=False),
-        whole(task.prior_len, task.prior_len, adapter=False),
-        whole(before + q, q, adapter=False),
-        whole(before + q, q, backward=True),
-    ]
+    total = 0
+    for step in range(task.num_steps):
+        before = task.prompt_len + step * task.step_len + task.before_query_len
+        text = before + q + task.before_value_len + task.value_len
+        total += whole(before + q - 1, q)
+        total += whole(text, text, adapter=False) + whole(task.prior_len, task.prior_len, adapter=False)
+        total += whole(before + q, q, adapter=False) + whole(before + q, q, backward=True)
+    return total
+
+
+def trl_flops(shape: Shape, task: Trajectories) -> int:
+    """Return the operations of one update by TRL, whichever rollout is inside.
+
+    Rollout, priors and frozen pass as ours, then its reference pass and its loss, both with the head at every position.
+    """
+    ours = phase_flops(shape, task)
+    work = {"tokens": task.tokens, "pairs": task.rows * causal_pairs(task.row_len), "head": task.tokens}
+    own = flops(shape, Work(**work, adapter=False)) + flops(shape, Work(**work, backward=True))
+    return own.total + sum(count.total for name, count in ours.items() if name != "update")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from cases import Case, Sizes, random_case
-from flops import phase_flops
+from flops import our_flops, phase_flops
 from machine import Limits, default_limits, describe, measure_limits
 from measure import COMPARED, compared_row, limits_row, memory_table, phase_table, size_of
 from ours import Step, next_pool, our_step, warm_up
@@ -79,7 +79,13 @@ def run(report: Report, case: Case, repeats: int, limits: Limits, before: int) -
         whole.append(our_step(case, pool, uniforms, phases=False).seconds)
         steps.append(our_step(case, pool, uniforms))
     row = compared_row(
-        case, "this package", str(case.session.config.training.micro_batch_rows or "all"), whole, whole, ""
+        case,
+        "this package",
+        str(case.session.config.training.micro_batch_rows or "all"),
+        whole,
+        whole,
+        our_flops(case.shape, case.task),
+        "",
     )
     report.table(f"{case.name}: one update ({repeats} repeats)", COMPARED, [row])
     limits_row(report, {"before": limits})

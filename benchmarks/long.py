@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from cases import Case, Sizes, random_case
 from compare import sampled_naive
+from flops import naive_flops, our_flops
 from machine import default_limits, describe, measure_limits
 from measure import COMPARED, add_numbers, compared_row, limits_row, memory_table, phase_table, size_of
 from naive import best_batch, summed
@@ -47,8 +48,16 @@ def run_case(report: Report, case: Case, repeats: int, before: int, toy: bool) -
     by_step = {number: [seconds[number] for seconds in sampled] for number in sampled[0]}
     whole = [step.seconds for step in ours]
     rows = [
-        compared_row(case, "this package", str(case.task.rows), whole, whole, ""),
-        compared_row(case, "naive loop, its own best batch, summed", str(batch), naive, whole, "steps timed equal"),
+        compared_row(case, "this package", str(case.task.rows), whole, whole, our_flops(case.shape, case.task), ""),
+        compared_row(
+            case,
+            "naive loop, its own best batch, summed",
+            str(batch),
+            naive,
+            whole,
+            naive_flops(case.shape, case.task),
+            "equal",
+        ),
     ]
     report.table(f"{case.name}, N = {case.task.num_pairs}: one update ({repeats} repeats)", COMPARED, rows)
     steps = [[str(number + 1), spread(values)] for number, values in by_step.items()]

@@ -35,9 +35,9 @@ def size_of(case: Case) -> str:
 
 
 def compared_row(
-    case: Case, name: str, at_once: str, seconds: list[float], ours: list[float], checked: str
+    case: Case, name: str, at_once: str, seconds: list[float], ours: list[float], work: int, checked: str
 ) -> list[str]:
-    """Return one variant's row; ratios are of steps taken next to each other."""
+    """Return one variant's row; `work`: its operations; ratios are of steps taken next to each other."""
     rows, tokens = case.task.rows, case.task.tokens
     pairs = list(zip(seconds, ours, strict=False))
     return [
@@ -46,6 +46,8 @@ def compared_row(
         spread(seconds),
         spread([rows / s for s in seconds]),
         spread([tokens / s for s in seconds]),
+        f"{work / 1e9:.4g}",
+        spread([work / s / 1e9 for s in seconds]),
         "" if seconds is ours else spread([s / o for s, o in pairs]) + " ×",
         checked,
     ]

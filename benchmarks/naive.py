@@ -147,7 +147,7 @@ def best_batch(case: Case, pool: PairPool, uniforms: Tensor, finished: Trajector
 
 
 def summed(seconds: list[float], num_steps: int) -> float:
-    """Add up all steps from the first, middle (⌊S/2⌋) and last, by the parabola through them; up to three as they are."""
+    """Add up all steps from steps 0, ⌊S/2⌋ and S − 1, by the parabola through them; up to three steps as they are."""
     if num_steps <= 3:
         return sum(seconds)
     first, middle, last = seconds

@@ -1,6 +1,7 @@
 """The benchmarks count right, refuse comparators that do other work, and run at their smallest setting."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gpu
@@ -10,7 +11,20 @@ import pytest
 import short
 import torch
 from compare import OutputsDifferError, check
-from flops import Flops, Shape, Trajectories, Work, cache_bytes, causal_pairs, decode_bytes, flops, phase_flops
+from flops import (
+    Flops,
+    Shape,
+    Trajectories,
+    Work,
+    cache_bytes,
+    causal_pairs,
+    decode_bytes,
+    flops,
+    naive_flops,
+    our_flops,
+    phase_flops,
+    trl_flops,
+)
 from naive import summed
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,6 +77,22 @@ def test_phases_add_up_to_each_token_once():
     assert counted["frozen pass"] == Flops(528 * 30, 48 * 2 * sum(range(1, 16)), 56 * 8)
     assert counted["value priors"] == Flops(528 * 3 * 7, 48 * 3 * sum(range(1, 8)), 56 * 6)
     assert counted["update"].head == 2 * 56 * 8 + 56 * 8
+
+
+def test_the_comparators_counted_by_hand():
+    # naive, a row: context and query to its last token 5 and 11, with the value 9 and 15, alone 7 and 7, loss 6 and 12
+    with_lora, frozen, head = 2 * (264 + 122), 2 * 264, 56
+    forwards = 2 * (with_lora * (5 + 11) + frozen * (9 + 15 + 7 + 7 + 6 + 12)) + 2 * head * (
+        2 + 2 + 9 + 15 + 7 + 7 + 2 + 2
+    )
+    seen = sum(causal_pairs(tokens) for tokens in (5, 11, 9, 15, 7, 7, 6, 12))
+    loss = flops(SHAPE, Work(tokens=2 * (6 + 12), pairs=2 * (21 + 78), head=2 * (2 + 2), backward=True)).total
+    assert naive_flops(SHAPE, TASK) == forwards + 48 * 2 * seen + loss
+    # TRL: in place of our update the whole row with the head everywhere, under the reference and with the gradient
+    row = Work(tokens=30, pairs=2 * 120, head=30)
+    extra = flops(SHAPE, replace(row, adapter=False)).total + flops(SHAPE, replace(row, backward=True)).total
+    update = phase_flops(SHAPE, TASK)["update"].total
+    assert trl_flops(SHAPE, TASK) == our_flops(SHAPE, TASK) - update + extra
 
 
 def test_bytes_of_decode_and_of_the_cache():
