@@ -10,7 +10,7 @@ from flops import naive_flops, our_flops, trl_flops
 from machine import timed
 from measure import COMPARED, add_numbers, compared_row
 from naive import best_batch, naive_update, summed, time_step
-from ours import Step, next_pool, our_step, warm_up
+from ours import Step, flat_gradient, next_pool, our_gradient, our_step, warm_up
 from tables import Report
 
 from attention_guided_rl.records import PairPool
@@ -52,17 +52,8 @@ def compare(report: Report, case: Case, plan: Plan, folder: Path) -> Seconds:
     warm_up(case)
     pool, uniforms = next_pool(case), case.uniforms(0)
     found = Seconds()
-    batches = {}
-    if plan.naive_batches:
-        first = our_step(case, pool, uniforms)
-        for wanted in plan.naive_batches:
-            size = wanted or best_batch(case, pool, uniforms, first.paid.rows)
-            own = ", its own best batch" if wanted is None else ""
-            batches[f"naive loop{own}{'' if plan.naive_in_full else ', three steps summed'}"] = size
-    trainers = {}
-    if plan.trl and trl_rows.INSTALLED:
-        for rollout, name in (("plain", "TRL, plain generate with its cache"), ("ours", "TRL, our rollout inside")):
-            trainers[name] = trl_rows.best_trainer(case, pool, folder / "trl", rollout=rollout, tries=plan.trl_tries)
+    batches = _naive_batches(case, plan, pool, uniforms)
+    trainers = _trainers(case, plan, pool, folder)
     for repeat in range(plan.repeats):
         pool, uniforms = next_pool(case), case.uniforms(repeat)
         ours = our_step(case, pool, uniforms)
@@ -84,6 +75,32 @@ def compare(report: Report, case: Case, plan: Plan, folder: Path) -> Seconds:
     return found
 
 
+def _naive_batches(case: Case, plan: Plan, pool: PairPool, uniforms: torch.Tensor) -> dict[str, int]:
+    """Return the batch of each naive row; where the loop runs in full, check its gradient, too."""
+    if not plan.naive_batches:
+        return {}
+    finished = our_step(case, pool, uniforms).paid.rows
+    batches = {}
+    for wanted in plan.naive_batches:
+        own = ", its own best batch" if wanted is None else ""
+        name = f"naive loop{own}{'' if plan.naive_in_full else ', three steps summed'}"
+        batches[name] = wanted or best_batch(case, pool, uniforms, finished)
+    if plan.naive_in_full:
+        check_gradient(case, pool, uniforms, max(batches.values()))
+    return batches
+
+
+def _trainers(case: Case, plan: Plan, pool: PairPool, folder: Path) -> dict[str, trl_rows.TrlTrainer]:
+    """Return TRL's two rows, each with its best batch, if TRL is wanted and there."""
+    if not (plan.trl and trl_rows.INSTALLED):
+        return {}
+    names = {"plain": "TRL, plain generate with its cache", "ours": "TRL, our rollout inside"}
+    return {
+        name: trl_rows.best_trainer(case, pool, folder / "trl", rollout=rollout, tries=plan.trl_tries)
+        for rollout, name in names.items()
+    }
+
+
 def outputs(step: Step) -> Outputs:
     """Return what a comparator's outputs must equal."""
     return step.paid.rows.picks, step.paid.rewards.rewards
@@ -95,6 +112,19 @@ def check(name: str, ours: Outputs, theirs: Outputs) -> None:
     difference = float((ours[1].cpu() - theirs[1].cpu()).abs().max())
     if not same or difference > TOLERANCE:
         raise OutputsDifferError(f"{name}: picks equal: {same}, rewards differ by {difference:.2g}")
+
+
+def check_gradient(case: Case, pool: PairPool, uniforms: torch.Tensor, batch_rows: int) -> None:
+    """Raise OutputsDifferError unless the naive loop's gradient is ours, to TOLERANCE of its norm."""
+    ours = our_gradient(case, pool, uniforms)
+    naive_update(case.session, pool, uniforms, batch_rows)
+    parameters = list(case.session.model.named_trainable().values())
+    torch.nn.utils.clip_grad_norm_(parameters, case.session.config.optimizer.max_grad_norm)
+    difference = float((flat_gradient(case) - ours).norm() / ours.norm())
+    for parameter in parameters:
+        parameter.grad = None
+    if not difference <= TOLERANCE:
+        raise OutputsDifferError(f"naive loop: its gradient differs from ours by {difference:.2g} of its norm")
 
 
 def sampled_naive(case: Case, pool: PairPool, uniforms: torch.Tensor, batch_rows: int, ours: Step) -> dict[int, float]:
@@ -132,7 +162,10 @@ def _add(report: Report, case: Case, found: Seconds) -> None:
         )
     ]
     for name, (at_once, seconds) in found.others.items():
-        work = (naive_flops if name.startswith("naive") else trl_flops)(case.shape, case.task)
+        if name.startswith("naive"):
+            work = naive_flops(case.shape, case.task)
+        else:
+            work = trl_flops(case.shape, case.task, folded="our rollout" in name)
         rows.append(compared_row(case, name, at_once, seconds, found.ours, work, "equal"))
     report.table(f"{case.name}: one update ({len(found.ours)} repeats)", COMPARED, rows)
     add_numbers(report, case, "seconds", {"this package": found.ours} | {k: v for k, (_, v) in found.others.items()})

@@ -163,13 +163,14 @@ class Trajectories:
         return self.rows * self.num_steps * self.query_len
 
 
-def phase_flops(shape: Shape, task: Trajectories) -> dict[str, Flops]:
+def phase_flops(shape: Shape, task: Trajectories, *, folded: bool = True) -> dict[str, Flops]:
     """Return the least work of each phase of one update.
 
     Each token goes once through the rollout, once through the frozen pass, and forward and backward through the update;
     the head runs at query positions (rollout; update and its reference) and at value positions (frozen pass, priors).
     Templates and values of the rollout, and the last token of each query, are encoded together: the value prefill. The
-    rest is decoded token by token.
+    rest is decoded token by token. `folded`: without gradients the adapter can be added to the weights beforehand, and
+    then costs the rollout nothing.
     """
     decoded = task.num_steps * (task.query_len - 1)  # per row; the first query token comes out of a prefill
     decode_pairs = sum(
@@ -181,12 +182,13 @@ def phase_flops(shape: Shape, task: Trajectories) -> dict[str, Flops]:
     last = 1 + task.before_value_len + task.value_len  # after the last query nothing need be encoded
     rows, heads = task.rows, task.query_tokens
     return {
-        "decode": flops(shape, Work(tokens=rows * decoded, pairs=rows * decode_pairs, head=heads)),
+        "decode": flops(shape, Work(tokens=rows * decoded, pairs=rows * decode_pairs, head=heads, adapter=not folded)),
         "value prefill": flops(
             shape,
             Work(
                 tokens=rows * (task.row_len - decoded - last),
                 pairs=rows * (all_pairs - decode_pairs - causal_pairs(last, task.row_len - last)),
+                adapter=not folded,
             ),
         ),
         "value priors": flops(
@@ -213,12 +215,12 @@ def phase_flops(shape: Shape, task: Trajectories) -> dict[str, Flops]:
 
 
 def decode_bytes(shape: Shape, task: Trajectories, width: int, rows_at_once: int | None = None) -> int:
-    """Bytes that decoding must move: all weights once a token, every row's cache once a token, and each new entry.
+    """Bytes that decoding must move: weights (adapter folded in) and every row's cache once a token, and new entries.
 
     `width`: bytes of a number; `rows_at_once`: rows that share one reading of the weights (all).
     """
     passes = -(-task.rows // (rows_at_once or task.rows)) * task.num_steps * (task.query_len - 1)
-    weights = shape.body_weights + shape.lora_weights + shape.head_weights
+    weights = shape.body_weights + shape.head_weights
     entry = 2 * shape.layers * shape.kv_heads * shape.head_dim
     seen = sum(
         causal_pairs(task.query_len - 1, task.prompt_len + t * task.step_len + task.before_query_len)
@@ -266,12 +268,12 @@ def naive_flops(shape: Shape, task: Trajectories) -> int:
     return total
 
 
-def trl_flops(shape: Shape, task: Trajectories) -> int:
-    """Return the operations of one update by TRL, whichever rollout is inside.
+def trl_flops(shape: Shape, task: Trajectories, *, folded: bool) -> int:
+    """Return the operations of one update by TRL, our rollout inside (`folded`) or plain `generate`.
 
     Rollout, priors and frozen pass as ours, then its reference pass and its loss, both with the head at every position.
     """
-    ours = phase_flops(shape, task)
+    ours = phase_flops(shape, task, folded=folded)
     work = {"tokens": task.tokens, "pairs": task.rows * causal_pairs(task.row_len), "head": task.tokens}
     own = flops(shape, Work(**work, adapter=False)) + flops(shape, Work(**work, backward=True))
     return own.total + sum(count.total for name, count in ours.items() if name != "update")

@@ -11,20 +11,15 @@ from phases import PHASES
 from tables import Report, mib, spread
 
 COMPARED = [
-    "",
-    "rows at once",
-    "seconds a step",
-    "trajectories/s",
-    "trajectory tokens/s",
-    "ours is faster by",
-    "outputs",
+    *("", "rows at once", "seconds a step", "trajectories/s", "trajectory tokens/s", "GFLOP", "GFLOP/s"),
+    *("ours is faster by", "outputs"),
 ]
 
 
 def size_of(case: Case) -> str:
     """Say what the case is, in one line."""
     task, config = case.task, case.session.config
-    micro = config.training.micro_batch_rows or "the product's choice"
+    micro = config.training.micro_batch_rows or "the program's choice"
     return (
         f"{case.name}: {task.articles} × {task.rows // task.articles} = {task.rows} rows of T = {task.row_len} tokens; "
         f"N = {task.num_pairs}, S = {task.num_steps}, Q = {task.query_len}, L = {task.value_len}, "

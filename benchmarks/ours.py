@@ -59,6 +59,20 @@ def our_step(case: Case, pool: PairPool, uniforms: torch.Tensor, *, phases: bool
     return Step(paid[0], seconds, {**clock.seconds, "everything else": rest}, clock.peak)
 
 
+def our_gradient(case: Case, pool: PairPool, uniforms: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of a step, clipped, as one vector."""
+    optimizer = make_optimizer(case.session, case.session.config.optimizer)
+    found: list[torch.Tensor] = []
+    optimizer.register_step_pre_hook(lambda *_: found.append(flat_gradient(case)))
+    update_step(case, optimizer, pool, uniforms, None)
+    return found[0]
+
+
+def flat_gradient(case: Case) -> torch.Tensor:
+    """Return what has been accumulated, as one vector."""
+    return torch.cat([p.grad.flatten() for p in case.session.model.named_trainable().values()])
+
+
 def next_pool(case: Case) -> PairPool:
     """Draw pools for the next step."""
     return case.stream.next_pool(case.session.config.rollout.articles).to(case.session.model.device)

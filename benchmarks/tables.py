@@ -22,7 +22,7 @@ class Report:
     tables: list[tuple[str, list[str], list[list[str]]]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
-    console: Console = field(default_factory=lambda: Console(width=150))
+    console: Console = field(default_factory=lambda: Console(width=170))
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Show a table and keep it."""
