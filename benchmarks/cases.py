@@ -197,6 +197,8 @@ def _overrides(sizes: Sizes, folder: Path) -> dict[str, Any]:
         "template.prompt": " ".join(words[:35]),
         "template.query_prefix": " ".join(words[35:40]),
         "template.value_prefix": " ".join(words[40:]),
+        "corpus.kind": "files",  # never opened: the pools are random
+        "corpus.path": str(folder),
         "pairs.num_pairs": sizes.num_pairs,
         "pairs.key_tokens": sizes.key_len,
         "pairs.value_tokens": sizes.value_len,
