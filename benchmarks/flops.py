@@ -274,6 +274,8 @@ def trl_flops(shape: Shape, task: Trajectories, *, folded: bool) -> int:
     Rollout, priors and frozen pass as ours, then its reference pass and its loss, both with the head at every position.
     """
     ours = phase_flops(shape, task, folded=folded)
-    work = {"tokens": task.tokens, "pairs": task.rows * causal_pairs(task.row_len), "head": task.tokens}
-    own = flops(shape, Work(**work, adapter=False)) + flops(shape, Work(**work, backward=True))
+    pairs = task.rows * causal_pairs(task.row_len)
+    reference = Work(tokens=task.tokens, pairs=pairs, head=task.tokens, adapter=False)
+    loss = Work(tokens=task.tokens, pairs=pairs, head=task.tokens, backward=True)
+    own = flops(shape, reference) + flops(shape, loss)
     return own.total + sum(count.total for name, count in ours.items() if name != "update")

@@ -10,6 +10,7 @@ import long
 import pytest
 import short
 import torch
+from cases import Sizes, random_case
 from compare import OutputsDifferError, check
 from flops import (
     Flops,
@@ -26,6 +27,8 @@ from flops import (
     trl_flops,
 )
 from naive import summed
+from ours import next_pool, our_step
+from phases import PHASES
 from torch.utils.flop_counter import FlopCounterMode
 
 SHAPE = Shape(layers=2, hidden=4, heads=2, kv_heads=1, head_dim=3, intermediate=5, vocabulary=7, lora_rank=1)
@@ -122,6 +125,17 @@ def test_a_comparator_that_does_other_work_is_refused():
         check("other", ours, (torch.tensor([[0, 1]]), torch.tensor([[1.0, 2.1]])))
     with pytest.raises(OutputsDifferError, match="picks equal: False"):
         check("other", ours, (torch.tensor([[1, 0]]), torch.tensor([[1.0, 2.0]])))
+
+
+def test_timing_from_outside_leaves_the_session_as_it_was(tmp_path: Path):
+    sizes = Sizes(num_pairs=3, trajectories=2, query_len=2, key_len=3, value_len=4)
+    case = random_case("toy", sizes, tmp_path)
+    before = dict(vars(case.session)), dict(vars(case.session.model))
+    step = our_step(case, next_pool(case), case.uniforms(0))
+    assert (vars(case.session), vars(case.session.model)) == before
+    assert set(step.phases) == set(PHASES)
+    assert sum(step.phases.values()) == pytest.approx(step.seconds)
+    assert case.task.row_len == step.paid.rows.ids.shape[1]
 
 
 @pytest.mark.parametrize(
