@@ -8,7 +8,7 @@ import trl_rows
 from cases import Case
 from flops import naive_flops, our_flops, trl_flops
 from machine import timed
-from measure import COMPARED, add_numbers, compared_row
+from measure import COMPARED, add_numbers, compared_row, micro_batch
 from naive import best_batch, naive_update, summed, time_step
 from ours import Step, flat_gradient, next_pool, our_gradient, our_step, warm_up
 from tables import Report
@@ -148,12 +148,11 @@ def _naive(case: Case, plan: Plan, pool: PairPool, uniforms: torch.Tensor, size:
 
 
 def _add(report: Report, case: Case, found: Seconds) -> None:
-    micro = case.session.config.training.micro_batch_rows
     rows = [
         compared_row(
             case,
             "this package",
-            str(micro or case.task.rows),
+            str(micro_batch(case)),
             found.ours,
             found.ours,
             our_flops(case.shape, case.task),

@@ -18,7 +18,7 @@ import torch
 from cases import Case, Sizes, random_case
 from flops import our_flops, phase_flops
 from machine import Limits, default_limits, describe, measure_limits
-from measure import COMPARED, compared_row, limits_row, memory_table, phase_table, size_of
+from measure import COMPARED, compared_row, limits_row, memory_table, micro_batch, phase_table, size_of
 from ours import Step, next_pool, our_step, warm_up
 from tables import OUT, Report, spread
 
@@ -81,7 +81,7 @@ def run(report: Report, case: Case, repeats: int, limits: Limits, before: int) -
     row = compared_row(
         case,
         "this package",
-        str(case.session.config.training.micro_batch_rows or "all"),
+        str(micro_batch(case)),
         whole,
         whole,
         our_flops(case.shape, case.task),

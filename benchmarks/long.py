@@ -18,7 +18,7 @@ from cases import Case, Sizes, random_case
 from compare import sampled_naive
 from flops import naive_flops, our_flops
 from machine import default_limits, describe, measure_limits
-from measure import COMPARED, add_numbers, compared_row, limits_row, memory_table, phase_table, size_of
+from measure import COMPARED, add_numbers, compared_row, limits_row, memory_table, micro_batch, phase_table, size_of
 from naive import best_batch, summed
 from ours import Step, next_pool, our_step, warm_up
 from tables import OUT, Report, spread
@@ -48,7 +48,7 @@ def run_case(report: Report, case: Case, repeats: int, before: int, toy: bool) -
     by_step = {number: [seconds[number] for seconds in sampled] for number in sampled[0]}
     whole = [step.seconds for step in ours]
     rows = [
-        compared_row(case, "this package", str(case.task.rows), whole, whole, our_flops(case.shape, case.task), ""),
+        compared_row(case, "this package", str(micro_batch(case)), whole, whole, our_flops(case.shape, case.task), ""),
         compared_row(
             case,
             "naive loop, its own best batch, summed",

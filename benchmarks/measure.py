@@ -16,16 +16,21 @@ COMPARED = [
 ]
 
 
+def micro_batch(case: Case) -> int:
+    """Return how many rows the frozen pass and the update take at once: as set, or as the session chose, or all."""
+    chosen = case.session.config.training.micro_batch_rows or getattr(case.session, "micro_batch_rows", None)
+    return min(chosen or case.task.rows, case.task.rows)
+
+
 def size_of(case: Case) -> str:
     """Say what the case is, in one line."""
     task, config = case.task, case.session.config
-    micro = config.training.micro_batch_rows or "the program's choice"
     return (
         f"{case.name}: {task.articles} × {task.rows // task.articles} = {task.rows} rows of T = {task.row_len} tokens; "
         f"N = {task.num_pairs}, S = {task.num_steps}, Q = {task.query_len}, L = {task.value_len}, "
         f"template {task.prompt_len} + {task.before_query_len} + {task.before_value_len}; "
         f"{case.shape.body_weights / 1e6:.1f} M body + {case.shape.head_weights / 1e6:.1f} M head weights, "
-        f"LoRA rank {case.shape.lora_rank}, {config.model.dtype}; micro-batch: {micro}"
+        f"LoRA rank {case.shape.lora_rank}, {config.model.dtype}; micro-batch {micro_batch(case)} rows"
     )
 
 
