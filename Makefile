@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: setup demo test check format bench
+.PHONY: setup demo test check format bench bench-long bench-gpu bench-growth
 
 setup: $(VENV)/.installed
 
@@ -31,5 +32,22 @@ format: setup  ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup  ## trajectories per second beside the naive loop
-	$(BIN)/python benchmarks/throughput.py
+bench: $(BENCH)/.installed  ## on the CPU, at most ten minutes: beside the naive loop and TRL
+	$(BENCH)/bin/python benchmarks/short.py
+
+bench-long: setup  ## N = 32 and 100 beside the naive loop
+	$(BIN)/python benchmarks/long.py
+
+bench-gpu: setup  ## the shape of Llama-3.2-3B on a GPU
+	$(BIN)/python benchmarks/gpu.py
+
+bench-growth: setup  ## how time and memory grow with each size
+	$(BIN)/python benchmarks/growth.py
+
+# An environment of its own: TRL is no dependency of the package.
+$(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	@echo "installing packages into $(BENCH) (about a minute) ..."
+	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
+	  -r benchmarks/requirements.txt
+	@touch $@

@@ -1,0 +1,170 @@
+"""Our step beside the others', taken in turn on the same pools, so that a busy moment of the machine meets them all."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import trl_rows
+from cases import Case
+from flops import naive_flops, our_flops, trl_flops
+from machine import timed
+from measure import COMPARED, add_numbers, compared_row, micro_batch
+from naive import best_batch, naive_update, summed, time_step
+from ours import Step, flat_gradient, next_pool, our_gradient, our_step, warm_up
+from tables import Report
+
+from attention_guided_rl.records import PairPool
+
+TOLERANCE = 1e-3  # nats per value token
+Outputs = tuple[torch.Tensor, torch.Tensor]
+"""Picks and rewards, of the same rows and steps."""
+
+
+class OutputsDifferError(AssertionError):
+    """A comparator did other work than ours: its time means nothing."""
+
+
+@dataclass
+class Seconds:
+    """The seconds of every variant, one number a repeat."""
+
+    ours: list[float] = field(default_factory=list)
+    others: dict[str, tuple[str, list[float]]] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which comparators to run, and how often."""
+
+    repeats: int
+    naive_batches: tuple[int | None, ...] = ()
+    """None: the fastest, found by trying."""
+    naive_in_full: bool = True
+    """False: at its first, middle and last step only, summed."""
+    trl: bool = False
+    trl_tries: int = 3
+    """Batches of all rows, a half, a quarter, … are tried."""
+
+
+def compare(report: Report, case: Case, plan: Plan, folder: Path) -> Seconds:
+    """Run all variants `repeats` times, check that they did the same, and add their table."""
+    warm_up(case)
+    found = Seconds()
+    batches: dict[str, int] = {}
+    trainers: dict[str, trl_rows.TrlTrainer] = {}
+    for repeat in range(plan.repeats):
+        pool, uniforms = next_pool(case), case.uniforms(repeat)
+        ours = our_step(case, pool, uniforms)
+        found.ours.append(ours.seconds)
+        found.steps.append(ours)
+        if repeat == 0:  # not before: what the others leave in the allocator must not count as our memory
+            batches = _naive_batches(case, plan, pool, uniforms, ours)
+            trainers = _trainers(case, plan, pool, folder)
+        for name, size in batches.items():
+            seconds = _naive(case, plan, pool, uniforms, size, ours, name)
+            found.others.setdefault(name, (str(size), []))[1].append(seconds)
+        for name, trainer in trainers.items():
+            seconds = trainer.step(pool, uniforms)
+            check(name, outputs(ours), (trainer.picks, trainer.rewards))
+            found.others.setdefault(name, (str(trainer.batch_rows), []))[1].append(seconds)
+    _add(report, case, found)
+    if plan.trl and not trl_rows.INSTALLED:
+        report.remark(f"{case.name}: {trl_rows.HOW_TO_INSTALL}")
+    return found
+
+
+def _naive_batches(case: Case, plan: Plan, pool: PairPool, uniforms: torch.Tensor, ours: Step) -> dict[str, int]:
+    """Return the batch of each naive row; where the loop runs in full, check its gradient, too."""
+    batches = {}
+    for wanted in plan.naive_batches:
+        own = ", its own best batch" if wanted is None else ""
+        name = f"naive loop{own}{'' if plan.naive_in_full else ', three steps summed'}"
+        batches[name] = wanted or best_batch(case, pool, uniforms, ours.paid.rows)
+    if batches and plan.naive_in_full:
+        check_gradient(case, pool, uniforms, max(batches.values()))
+    return batches
+
+
+def _trainers(case: Case, plan: Plan, pool: PairPool, folder: Path) -> dict[str, trl_rows.TrlTrainer]:
+    """Return TRL's two rows, each with its best batch, if TRL is wanted and there."""
+    if not (plan.trl and trl_rows.INSTALLED):
+        return {}
+    names = {"plain": "TRL, plain generate with its cache", "ours": "TRL, our rollout inside"}
+    return {
+        name: trl_rows.best_trainer(case, pool, folder / "trl", rollout=rollout, tries=plan.trl_tries)
+        for rollout, name in names.items()
+    }
+
+
+def outputs(step: Step) -> Outputs:
+    """Return what a comparator's outputs must equal."""
+    return step.paid.rows.picks, step.paid.rewards.rewards
+
+
+def check(name: str, ours: Outputs, theirs: Outputs) -> None:
+    """Raise OutputsDifferError unless a variant made our picks and earned our rewards (to TOLERANCE)."""
+    same = torch.equal(ours[0].cpu(), theirs[0].cpu())
+    difference = float((ours[1].cpu() - theirs[1].cpu()).abs().max())
+    if not same or difference > TOLERANCE:
+        raise OutputsDifferError(f"{name}: picks equal: {same}, rewards differ by {difference:.2g}")
+
+
+def check_gradient(case: Case, pool: PairPool, uniforms: torch.Tensor, batch_rows: int) -> None:
+    """Raise OutputsDifferError unless the naive loop's gradient is ours, to TOLERANCE of its norm."""
+    ours = our_gradient(case, pool, uniforms)
+    naive_update(case.session, pool, uniforms, batch_rows)
+    parameters = list(case.session.model.named_trainable().values())
+    torch.nn.utils.clip_grad_norm_(parameters, case.session.config.optimizer.max_grad_norm)
+    difference = float((flat_gradient(case) - ours).norm() / ours.norm())
+    for parameter in parameters:
+        parameter.grad = None
+    if not difference <= TOLERANCE:
+        raise OutputsDifferError(f"naive loop: its gradient differs from ours by {difference:.2g} of its norm")
+
+
+def sampled_naive(case: Case, pool: PairPool, uniforms: torch.Tensor, batch_rows: int, ours: Step) -> dict[int, float]:
+    """Time the naive loop at its first, middle and last step; return seconds by step, outputs checked."""
+    found = {}
+    for number in sorted({0, case.task.num_steps // 2, case.task.num_steps - 1}):
+        seconds, picks, rewards = time_step(case, pool, uniforms, ours.paid.rows, number, batch_rows)
+        all_picks, all_rewards = outputs(ours)
+        check(f"naive loop, step {number + 1}", (all_picks[:, number], all_rewards[:, number]), (picks, rewards))
+        found[number] = seconds
+    return found
+
+
+def _naive(case: Case, plan: Plan, pool: PairPool, uniforms: torch.Tensor, size: int, ours: Step, name: str) -> float:
+    """Return the seconds of the naive loop, in full or summed from three steps; outputs checked."""
+    if not plan.naive_in_full:
+        return summed(list(sampled_naive(case, pool, uniforms, size, ours).values()), case.task.num_steps)
+    results = []
+    device = case.session.model.device
+    seconds = timed(lambda: results.append(naive_update(case.session, pool, uniforms, size)), device)
+    for parameter in case.session.model.named_trainable().values():
+        parameter.grad = None
+    check(name, outputs(ours), (results[0].picks, results[0].rewards))
+    return seconds
+
+
+def _add(report: Report, case: Case, found: Seconds) -> None:
+    rows = [
+        compared_row(
+            case,
+            "this package",
+            str(micro_batch(case)),
+            found.ours,
+            found.ours,
+            our_flops(case.shape, case.task),
+            "",
+        )
+    ]
+    for name, (at_once, seconds) in found.others.items():
+        if name.startswith("naive"):
+            work = naive_flops(case.shape, case.task)
+        else:
+            work = trl_flops(case.shape, case.task, folded="our rollout" in name)
+        rows.append(compared_row(case, name, at_once, seconds, found.ours, work, "equal"))
+    report.table(f"{case.name}: one update ({len(found.ours)} repeats)", COMPARED, rows)
+    add_numbers(report, case, "seconds", {"this package": found.ours} | {k: v for k, (_, v) in found.others.items()})
+    add_numbers(report, case, "rows_at_once", {name: at_once for name, (at_once, _) in found.others.items()})

@@ -1,0 +1,77 @@
+"""What the machine can do: the rate of a matrix product and of a copy, measured in the same run as everything else."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The best that was measured of a device, for one dtype."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    product: str
+    """Shape of the matrix product that was fastest."""
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that something takes, until the device is idle again."""
+    synchronise(device)
+    start = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype, *, sizes: tuple[int, ...], copy_bytes: int) -> Limits:
+    """Measure square products of several sizes (the best median counts) and a copy that no cache holds."""
+    rates: dict[int, float] = {}
+    for size in sizes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds = [timed(lambda a=a, b=b: a @ b, device) for _ in range(6)][1:]
+        rates[size] = 2 * size**3 / statistics.median(seconds)
+    best = max(rates, key=lambda size: rates[size])
+    source = torch.zeros(copy_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = [timed(lambda: target.copy_(source), device) for _ in range(6)][1:]
+    return Limits(rates[best], 2 * copy_bytes / statistics.median(seconds), f"{best}³")
+
+
+def default_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Measure with sizes that fit the device."""
+    if device.type == "cuda":
+        return measure_limits(device, dtype, sizes=(4096, 8192), copy_bytes=2**31)
+    return measure_limits(device, dtype, sizes=(1024, 2048), copy_bytes=2**28)
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """Name the machine and the software; say how busy it was."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
