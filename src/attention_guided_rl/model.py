@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from attention_guided_rl.caching import buffered_cache
+from attention_guided_rl.folding import Fold
 from attention_guided_rl.records import PADDING, has_padding, position_ids
 
 _HEAD_CHUNK = 2**26  # elements of (rows, positions, vocabulary) in float32 at once: 256 MiB
@@ -36,6 +38,8 @@ class LanguageModel:
         self.peft_model = peft_model
         self._policy, self._frozen_copy = causal_lm, frozen_copy
         self._active = causal_lm
+        self._fold: Fold | None = None
+        self._is_reference = False
         self.device = next(causal_lm.parameters()).device
         self.query_vocabulary = self._query_vocabulary()
 
@@ -44,15 +48,29 @@ class LanguageModel:
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Compute with the reference: same weights with the adapter off, or the frozen copy."""
-        if self.peft_model is not None:
-            with self.peft_model.disable_adapter():
-                yield
-            return
-        before, self._active = self._active, self._frozen_copy
+        before = self._is_reference, self._active
+        self._is_reference = True
         try:
-            yield
+            if self.peft_model is None:
+                self._active = self._frozen_copy
+                yield
+            else:
+                with self._using(None), self.peft_model.disable_adapter():
+                    yield
         finally:
-            self._active = before
+            self._is_reference, self._active = before
+
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[None]:
+        """Compute, without training, with the adapter folded into the weights; inside `reference` nothing changes.
+
+        In float32 only: 16-bit weights would round a small adapter away.
+        """
+        if self.peft_model is None or self._is_reference or self._dtype != torch.float32:
+            yield
+            return
+        with self._using(self._fold or Fold(self.peft_model)):
+            yield
 
     @contextlib.contextmanager
     def adapter_dropout(self) -> Iterator[None]:
@@ -117,9 +135,9 @@ class LanguageModel:
         """Append ids to the cache (`role_so_far` includes theirs) and return their final hidden states."""
         return self._body(ids, role_so_far, cache=cache)
 
-    def new_cache(self) -> DynamicCache:
-        """Return an empty key/value cache."""
-        return DynamicCache(config=self.config)
+    def new_cache(self, room: int = 0) -> DynamicCache:
+        """Return an empty key/value cache, with room for so many tokens if that is known. Not for training."""
+        return buffered_cache(self.config, room)
 
     def extend_where(
         self,
@@ -197,6 +215,23 @@ class LanguageModel:
         return _split_heads(captured, self.config, attention)
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _using(self, fold: Fold | None) -> Iterator[None]:
+        """Compute with folded weights, or with none."""
+        before = self._fold
+        self._exchange(fold)
+        try:
+            yield
+        finally:
+            self._exchange(before)
+
+    def _exchange(self, fold: Fold | None) -> None:
+        if fold is not self._fold:
+            for one in (self._fold, fold):
+                if one is not None:
+                    one.toggle()
+            self._fold = fold
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -146,7 +146,8 @@ class Session:
     def rollout(self, pool: PairPool, uniforms: Tensor, picker: Picker = sampled_pick) -> TrajectoryBatch:
         """Write trajectories with the active weights (`with session.model.reference():` for the untrained ones)."""
         env = self.environment(pool, uniforms.shape[0] // pool.num_articles)
-        return rollout(self.model, self.template, env, uniforms, self.config.rollout.temperature, picker)
+        with self.model.folded():
+            return rollout(self.model, self.template, env, uniforms, self.config.rollout.temperature, picker)
 
     def counterfactual_uniforms(
         self, purpose: Purpose, update: int, indices: range, trajectories: int
