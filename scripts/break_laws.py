@@ -98,7 +98,8 @@ MUTATIONS = (
     ),
     mistake(
         "KL unmasked over padded query tokens", "law_04",
-        ("objective.py", "    divergence = torch.where(real, divergence, 0.0)\n", ""),
+        ("objective.py", "(torch.where(real, term.view(shape), 0.0) for term in terms)",
+         "(torch.where(real | (i == 1), t.view(shape), 0.0) for i, t in enumerate(terms))"),
     ),
     mistake(
         "mean of micro-batch means", "law_09",
@@ -156,13 +157,13 @@ MUTATIONS = (
     ),
     mistake(
         "temperature missing in the learner", "law_03 or law_05",
-        ("objective.py", "distribution = model.policy_logprobs(states[:, : len(query)], temperature)",
-         "distribution = model.policy_logprobs(states[:, : len(query)], 1.0)"),
+        ("objective.py", "distribution = model.policy_logprobs(states, temperature)",
+         "distribution = model.policy_logprobs(states, 1.0)"),
     ),
     mistake(
         "temperature missing in the reference's side of the KL", "law_04",
-        ("objective.py", "reference = model.policy_logprobs(batch.reference_hidden, temperature)",
-         "reference = model.policy_logprobs(batch.reference_hidden, 1.0)"),
+        ("objective.py", "reference = model.reference_logprobs(reference_states, temperature)",
+         "reference = model.reference_logprobs(reference_states, 1.0)"),
     ),
     mistake(
         "padding takes position ids", "law_01",

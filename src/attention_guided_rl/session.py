@@ -225,8 +225,7 @@ class Session:
         hidden, parts = self.reference_hidden(paid), []
         size = self.config.training.micro_batch_rows or len(ids)
         for some_ids, some_hidden in zip(ids.split(size), hidden.split(size), strict=True):
-            with self.model.reference():
-                distribution = self.model.policy_logprobs(some_hidden, self.config.rollout.temperature)
+            distribution = self.model.reference_logprobs(some_hidden, self.config.rollout.temperature)
             parts.append(distribution.gather(-1, some_ids.flatten(1)[:, :, None]).view(some_ids.shape))
         k1 = torch.where(real, paid.rows.sampled_logprobs - torch.cat(parts), 0.0)
         return k1.sum(-1) / ids.shape[2]
