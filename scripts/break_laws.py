@@ -105,7 +105,7 @@ MUTATIONS = (
         "mean of micro-batch means", "law_09",
         ("update.py", "num_query_tokens=denominator,",
          "num_query_tokens=len(index) * rows.num_steps * rows.layout.query_len"
-         " * len(keep.split(config.training.micro_batch_rows or rows.num_rows)),"),
+         " * len(keep.split(session.micro_batch_rows)),"),
     ),
     mistake(
         "query left out of its own reward", "law_02",

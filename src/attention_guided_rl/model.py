@@ -66,9 +66,10 @@ class LanguageModel:
     def folded(self) -> Iterator[None]:
         """Compute, without training, with the adapter folded into the weights; inside `reference` nothing changes.
 
-        In float32 only: 16-bit weights would round a small adapter away.
+        In float32 only, for 16-bit weights would round a small adapter away; and not with dropout, which it would hide.
         """
-        if self.peft_model is None or self._is_reference or self._dtype != torch.float32:
+        dropout = any(layer.training for layer in self._dropout_layers())
+        if self.peft_model is None or self._is_reference or self._dtype != torch.float32 or dropout:
             yield
             return
         with self._using(self._fold or Fold(self.peft_model)):
@@ -77,7 +78,7 @@ class LanguageModel:
     @contextlib.contextmanager
     def adapter_dropout(self) -> Iterator[None]:
         """Switch the adapter's dropout on; everything else of the model is always in eval mode."""
-        layers = [m for name, m in self._policy.named_modules() if "lora_dropout" in name.split(".")]
+        layers = self._dropout_layers()
         for layer in layers:
             layer.train()
         try:
@@ -238,6 +239,9 @@ class LanguageModel:
         return _split_heads(captured, self.config, attention)
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _dropout_layers(self) -> list[nn.Module]:
+        return [m for name, m in self._policy.named_modules() if "lora_dropout" in name.split(".")]
 
     @contextlib.contextmanager
     def _using(self, fold: Fold | None) -> Iterator[None]:

@@ -26,6 +26,7 @@ from attention_guided_rl.environment import (
     sampled_pick,
 )
 from attention_guided_rl.loading import load_model
+from attention_guided_rl.memory import rows_at_once
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network
 from attention_guided_rl.objective import OBJECTIVES, Objective
@@ -104,7 +105,10 @@ class Session:
         self.template: Template = build_template(self.model.tokenizer, config.template)
         self.num_pairs, self.num_steps = resolve_sizes(config, self.template, self.model.encode, self.corpus, context)
         self.embedder: Embedder = make_embedder(config.embedder, self.network, self.model)
-        micro_batch_rows = config.training.micro_batch_rows
+        row_len = self.template.layout(self.num_steps, config.rollout.query_tokens, config.pairs.value_tokens).row_len
+        most_rows = config.rollout.articles * config.rollout.trajectories
+        micro_batch_rows = config.training.micro_batch_rows or rows_at_once(processes.device, row_len, most_rows)
+        self.micro_batch_rows: int = micro_batch_rows
         self.reference_scorer: Scorer = reference_scorer(self.model, micro_batch_rows)
         self.ema: EmaWeights | None = None
         if config.reward.scorer == "ema":
@@ -223,7 +227,7 @@ class Session:
         """Return the mean k1 = log π − log π₀ of each query's tokens, as they were sampled."""
         ids, real = paid.rows.query_slots()
         hidden, parts = self.reference_hidden(paid), []
-        size = self.config.training.micro_batch_rows or len(ids)
+        size = self.micro_batch_rows
         for some_ids, some_hidden in zip(ids.split(size), hidden.split(size), strict=True):
             distribution = self.model.reference_logprobs(some_hidden, self.config.rollout.temperature)
             parts.append(distribution.gather(-1, some_ids.flatten(1)[:, :, None]).view(some_ids.shape))

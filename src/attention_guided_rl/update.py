@@ -73,7 +73,7 @@ def apply_update(
     own_advantages = advantages.advantages[mine].to(rows.ids.device)
     sums: dict[str, Tensor] = {}
     optimizer.zero_grad()
-    for number, index in enumerate(keep.split(config.training.micro_batch_rows or max(1, rows.num_rows))):
+    for number, index in enumerate(keep.split(session.micro_batch_rows)):
         if len(index) == 0:
             continue
         torch.manual_seed(_dropout_seed(config.training.seed, update, processes.rank, number))
