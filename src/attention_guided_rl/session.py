@@ -216,11 +216,14 @@ class Session:
         prior = scorer.prior(pool, self.template) if prior is None else prior
         return PaidRows(rows, scores, reward(reward_inputs(rows, scores, pool, prior)), prior)
 
-    def reference_hidden(self, paid: PaidRows) -> Tensor:
-        """Return the reference's hidden states at the query positions, from the scoring pass where it has them."""
+    def reference_hidden(self, paid: PaidRows, index: Int[Tensor, " M"] | None = None) -> Float[Tensor, "M SQ D"]:
+        """Return the reference's hidden states at the query positions of the rows at `index`, or of all rows.
+
+        They come from the scoring pass where it has them.
+        """
         if self.config.reward.scorer == "reference" and self.config.reward.query_in_context:
-            return paid.scores.query_hidden
-        return self.reference_scorer.score(paid.rows).query_hidden
+            return paid.scores.query_hidden if index is None else paid.scores.query_hidden[index]
+        return self.reference_scorer.score(paid.rows if index is None else paid.rows.select(index)).query_hidden
 
     @torch.no_grad()
     def kl_of_queries(self, paid: PaidRows) -> Float[Tensor, "B S"]:
