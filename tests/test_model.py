@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from attention_guided_rl import model as model_module
+from attention_guided_rl.randomness import Purpose
+from attention_guided_rl.records import UpdateBatch
+
 
 def test_token_texts_join_to_the_text_and_a_split_character_goes_to_the_token_that_completes_it(
     make_model, byte_tokenizer
@@ -43,3 +47,23 @@ def test_folding_the_adapter_changes_rounding_alone_and_nothing_afterwards(make_
     assert (apart - reference).abs().max() > 1e-2
     assert all(torch.equal(p, weights[name]) for name, p in model.named_frozen().items())
     assert all(p.requires_grad for p in model.named_trainable().values())
+
+
+@pytest.mark.parametrize("options", [{}, {"model.adapter": "full", "objective.kl.estimator": "k3"}])
+def test_the_head_in_chunks_gives_the_same_loss_and_gradient(make_session, shaken, monkeypatch, options):
+    def loss_and_gradient(size):
+        monkeypatch.setattr(model_module, "HEAD_CHUNK", size)
+        session = make_session(options)
+        shaken(session.model, 0.02)
+        pool = session.stream(session.config.corpus, num_probes=0, purpose=Purpose.POOL).next_pool(2)
+        rows = session.rollout(pool, session.uniforms(Purpose.TRAINING, 0, range(2), 3))
+        hidden = session.reference_hidden(session.pay(rows, pool))
+        advantages = torch.arange(18.0).view(6, 3) / 10 - 0.8
+        batch = UpdateBatch(rows=rows, advantages=advantages, reference_hidden=hidden, num_query_tokens=36)
+        loss = session.objective(session.model, batch, session.config.objective.kl, 1.0).loss
+        return loss, torch.autograd.grad(loss, list(session.model.named_trainable().values()))
+
+    whole, gradient = loss_and_gradient(2**24)
+    in_chunks, same = loss_and_gradient(64 * 5)  # 36 tokens in chunks of 5, the last of 1
+    torch.testing.assert_close(in_chunks, whole)
+    torch.testing.assert_close(same, gradient, atol=1e-6, rtol=1e-4)
