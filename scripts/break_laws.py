@@ -53,8 +53,8 @@ MUTATIONS = (
     ),
     mistake(
         "KL to a fresh copy", "law_04",
-        ("objective.py", "    logprobs = torch.where(real, distribution",
-         "    reference = distribution.detach()\n    logprobs = torch.where(real, distribution"),
+        ("objective.py", "    logprobs = distribution.gather(",
+         "    reference = distribution.detach()\n    logprobs = distribution.gather("),
     ),
     mistake(
         "row 0's pick for all rows", "law_07",
@@ -89,7 +89,7 @@ MUTATIONS = (
     ),
     mistake(
         "adapter on in the reference", "law_04",
-        ("model.py", "with self.peft_model.disable_adapter():", "with contextlib.nullcontext():"),
+        ("model.py", "with self._using(None), self.peft_model.disable_adapter():", "with contextlib.nullcontext():"),
     ),
     mistake(
         "KL unmasked over the vocabulary", "law_04",
