@@ -17,9 +17,8 @@ COMPARED = [
 
 
 def micro_batch(case: Case) -> int:
-    """Return how many rows the frozen pass and the update take at once: as set, or as the session chose, or all."""
-    chosen = case.session.config.training.micro_batch_rows or getattr(case.session, "micro_batch_rows", None)
-    return min(chosen or case.task.rows, case.task.rows)
+    """Return how many rows the frozen pass and the update take at once."""
+    return min(case.session.micro_batch_rows, case.task.rows)
 
 
 def size_of(case: Case) -> str:

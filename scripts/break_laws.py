@@ -53,8 +53,8 @@ MUTATIONS = (
     ),
     mistake(
         "KL to a fresh copy", "law_04",
-        ("objective.py", "    logprobs = torch.where(real, distribution",
-         "    reference = distribution.detach()\n    logprobs = torch.where(real, distribution"),
+        ("objective.py", "    logprobs = distribution.gather(",
+         "    reference = distribution.detach()\n    logprobs = distribution.gather("),
     ),
     mistake(
         "row 0's pick for all rows", "law_07",
@@ -89,7 +89,7 @@ MUTATIONS = (
     ),
     mistake(
         "adapter on in the reference", "law_04",
-        ("model.py", "with self.peft_model.disable_adapter():", "with contextlib.nullcontext():"),
+        ("model.py", "with self._using(None), self.peft_model.disable_adapter():", "with contextlib.nullcontext():"),
     ),
     mistake(
         "KL unmasked over the vocabulary", "law_04",
@@ -98,13 +98,14 @@ MUTATIONS = (
     ),
     mistake(
         "KL unmasked over padded query tokens", "law_04",
-        ("objective.py", "    divergence = torch.where(real, divergence, 0.0)\n", ""),
+        ("objective.py", "(torch.where(real, term.view(shape), 0.0) for term in terms)",
+         "(torch.where(real | (i == 1), t.view(shape), 0.0) for i, t in enumerate(terms))"),
     ),
     mistake(
         "mean of micro-batch means", "law_09",
         ("update.py", "num_query_tokens=denominator,",
          "num_query_tokens=len(index) * rows.num_steps * rows.layout.query_len"
-         " * len(keep.split(config.training.micro_batch_rows or rows.num_rows)),"),
+         " * len(keep.split(session.micro_batch_rows)),"),
     ),
     mistake(
         "query left out of its own reward", "law_02",
@@ -156,13 +157,13 @@ MUTATIONS = (
     ),
     mistake(
         "temperature missing in the learner", "law_03 or law_05",
-        ("objective.py", "distribution = model.policy_logprobs(states[:, : len(query)], temperature)",
-         "distribution = model.policy_logprobs(states[:, : len(query)], 1.0)"),
+        ("objective.py", "distribution = model.policy_logprobs(states, temperature)",
+         "distribution = model.policy_logprobs(states, 1.0)"),
     ),
     mistake(
         "temperature missing in the reference's side of the KL", "law_04",
-        ("objective.py", "reference = model.policy_logprobs(batch.reference_hidden, temperature)",
-         "reference = model.policy_logprobs(batch.reference_hidden, 1.0)"),
+        ("objective.py", "reference = model.reference_logprobs(reference_states, temperature)",
+         "reference = model.reference_logprobs(reference_states, 1.0)"),
     ),
     mistake(
         "padding takes position ids", "law_01",

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 LAYERS = [
     layer.split()
     for layer in """
-    errors records randomness selection statistics secrets memory data.wikitext data.plain_text report
+    errors records randomness selection statistics secrets memory caching folding data.wikitext data.plain_text report
         report.figures report.log_lines report.verdict report.audit
     config model distributed reward storage tables data.corpus data.text_files report.trajectories report.tables summary
     config_files rl_agent environment template loading tracking network data.hygiene data.encyclopedia
@@ -44,8 +44,8 @@ LAYERS = [
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 
 ONLY_IN = {
-    "transformers": {"model", "loading", "rollouts", "scorer", "branching", "oracle"},
-    "peft": {"model", "loading"},
+    "transformers": {"model", "loading", "caching", "rollouts", "scorer", "branching", "oracle"},
+    "peft": {"model", "loading", "folding"},
     "huggingface_hub": {"loading", "data.hub_dataset"},
     "accelerate": {"distributed"},
     "torch.distributed": {"distributed"},

@@ -1,4 +1,11 @@
-"""The model's edges: text of ids."""
+"""The model's edges: text of ids, and weights that are exchanged for a while."""
+
+import pytest
+import torch
+
+from attention_guided_rl import model as model_module
+from attention_guided_rl.randomness import Purpose
+from attention_guided_rl.records import UpdateBatch
 
 
 def test_token_texts_join_to_the_text_and_a_split_character_goes_to_the_token_that_completes_it(
@@ -16,3 +23,47 @@ def test_token_texts_of_words_hold_the_space_before_them(make_model, word_tokeni
     tokenizer = word_tokenizer()
     model = make_model("llama", tokenizer=tokenizer)
     assert model.decode_tokens(tokenizer.encode("ba be bi", add_special_tokens=False)) == ["ba", " be", " bi"]
+
+
+def states_of(model):
+    ids = torch.arange(4, 24).view(2, 10)
+    with torch.no_grad():
+        return model.hidden(ids, torch.zeros_like(ids), torch.arange(1, 10))
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_folding_the_adapter_changes_rounding_alone_and_nothing_afterwards(make_model, shaken, shape):
+    model = shaken(make_model(shape))
+    weights = {name: p.clone() for name, p in model.named_frozen().items()}
+    apart = states_of(model)
+    with model.reference():
+        reference = states_of(model)
+    with model.folded():
+        torch.testing.assert_close(states_of(model), apart, atol=1e-4, rtol=0)
+        with model.reference(), model.folded():  # as an embedder in the middle of a rollout
+            assert torch.equal(states_of(model), reference)
+        torch.testing.assert_close(states_of(model), apart, atol=1e-4, rtol=0)
+    assert torch.equal(states_of(model), apart)
+    assert (apart - reference).abs().max() > 1e-2
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_frozen().items())
+    assert all(p.requires_grad for p in model.named_trainable().values())
+
+
+@pytest.mark.parametrize("options", [{}, {"model.adapter": "full", "objective.kl.estimator": "k3"}])
+def test_the_head_in_chunks_gives_the_same_loss_and_gradient(make_session, shaken, monkeypatch, options):
+    def loss_and_gradient(size):
+        monkeypatch.setattr(model_module, "HEAD_CHUNK", size)
+        session = make_session(options)
+        shaken(session.model, 0.02)
+        pool = session.stream(session.config.corpus, num_probes=0, purpose=Purpose.POOL).next_pool(2)
+        rows = session.rollout(pool, session.uniforms(Purpose.TRAINING, 0, range(2), 3))
+        hidden = session.reference_hidden(session.pay(rows, pool))
+        advantages = torch.arange(18.0).view(6, 3) / 10 - 0.8
+        batch = UpdateBatch(rows=rows, advantages=advantages, reference_hidden=hidden, num_query_tokens=36)
+        loss = session.objective(session.model, batch, session.config.objective.kl, 1.0).loss
+        return loss, torch.autograd.grad(loss, list(session.model.named_trainable().values()))
+
+    whole, gradient = loss_and_gradient(2**24)
+    in_chunks, same = loss_and_gradient(64 * 5)  # 36 tokens in chunks of 5, the last of 1
+    torch.testing.assert_close(in_chunks, whole)
+    torch.testing.assert_close(same, gradient, atol=1e-6, rtol=1e-4)

@@ -17,6 +17,8 @@ from attention_guided_rl.selection import sample
 _MASK_ELEMENTS = 2**25
 """Largest attention mask of one forward, (rows, branch tokens, all tokens): 128 MiB in float32."""
 
+_FEW_TOKENS = 128  # of the branches of a row
+
 
 class Branches:
     """C texts per row, growing off a cache side by side. Close it, and the cache is as before."""
@@ -46,6 +48,12 @@ class Branches:
         self._num_appended += ids.shape[1] * length
         return states.view(*ids.shape, -1)
 
+    def fork(self, times: int) -> None:
+        """Make `times` branches of each, side by side, that go on from what it has so far."""
+        self._visible = self._visible.repeat_interleave(times, 1)
+        self._place = self._place.repeat_interleave(times, 1)
+        self._same = torch.eye(self._place.shape[1], dtype=torch.bool, device=self._same.device)
+
     def close(self) -> None:
         """Take the branches off the cache."""
         if self._num_appended:
@@ -59,7 +67,7 @@ def branch_logprobs(
     """Score the last `num_scored` tokens of continuations that branch off a cache; 0 at padding."""
     rows, num_branches, length = branches.ids.shape
     parts = []
-    for chosen in torch.arange(num_branches).split(_branches_at_once(rows, role.shape[1], length)):
+    for chosen in torch.arange(num_branches).split(branches_at_once(rows, role.shape[1], length)):
         growing = Branches(model, cache, role, branches.prefix_len.to(chosen.device)[chosen])
         ids, mask = branches.ids[:, chosen], branches.mask[:, chosen]
         states = growing.extend(ids, mask)
@@ -104,9 +112,16 @@ def write_queries(
     return torch.stack(tokens, -1)
 
 
-def _branches_at_once(rows: int, cached: int, length: int) -> int:
-    """Return how many branches one forward may have for its attention mask to stay bounded."""
+def branches_at_once(rows: int, cached: int, length: int) -> int:
+    """Return how many branches of so many tokens one forward may have.
+
+    Branches meet one another in the attention's matrix only to be masked; so they are to be fewer tokens than what is
+    cached, or few. And the mask itself stays bounded.
+    """
     count = 1
-    while rows * 2 * count * length * (cached + 2 * count * length) <= _MASK_ELEMENTS:
+    while (
+        2 * count * length <= max(cached, _FEW_TOKENS)
+        and rows * 2 * count * length * (cached + 2 * count * length) <= _MASK_ELEMENTS
+    ):
         count *= 2
     return count

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+_CPU_TOKENS = 2**12
 _PROCESS = Path("/proc/self")  # Linux: a peak that can be set back
 
 
@@ -34,6 +35,15 @@ def peak_bytes(device: torch.device) -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes elsewhere
+
+
+def rows_at_once(device: torch.device, row_len: int, num_rows: int) -> int:
+    """Return how many of `num_rows` rows of `row_len` tokens to take through a model at once.
+
+    On a CPU more than a few thousand tokens make nothing faster: what they need is asked of the system anew at every
+    step and given back after it, which costs more than it saves. A GPU takes them all.
+    """
+    return max(1, _CPU_TOKENS // row_len if device.type == "cpu" else num_rows)
 
 
 def total_bytes(device: torch.device) -> int | None:

@@ -8,20 +8,24 @@ logits. Inside `with model.reference():` everything is computed by the reference
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
+from attention_guided_rl.caching import buffered_cache
+from attention_guided_rl.folding import Fold
 from attention_guided_rl.records import PADDING, has_padding, position_ids
 
-_HEAD_CHUNK = 2**26  # elements of (rows, positions, vocabulary) in float32 at once: 256 MiB
+HEAD_CHUNK = 2**24
+"""Elements of (tokens, vocabulary) that exist at once: 64 MiB in float32, and a handful of tensors of that size."""
 
 
 class LanguageModel:
@@ -36,6 +40,8 @@ class LanguageModel:
         self.peft_model = peft_model
         self._policy, self._frozen_copy = causal_lm, frozen_copy
         self._active = causal_lm
+        self._fold: Fold | None = None
+        self._is_reference = False
         self.device = next(causal_lm.parameters()).device
         self.query_vocabulary = self._query_vocabulary()
 
@@ -44,20 +50,35 @@ class LanguageModel:
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Compute with the reference: same weights with the adapter off, or the frozen copy."""
-        if self.peft_model is not None:
-            with self.peft_model.disable_adapter():
-                yield
-            return
-        before, self._active = self._active, self._frozen_copy
+        before = self._is_reference, self._active
+        self._is_reference = True
         try:
-            yield
+            if self.peft_model is None:
+                self._active = self._frozen_copy
+                yield
+            else:
+                with self._using(None), self.peft_model.disable_adapter():
+                    yield
         finally:
-            self._active = before
+            self._is_reference, self._active = before
+
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[None]:
+        """Compute, without training, with the adapter folded into the weights; inside `reference` nothing changes.
+
+        In float32 only, for 16-bit weights would round a small adapter away; and not with dropout, which it would hide.
+        """
+        dropout = any(layer.training for layer in self._dropout_layers())
+        if self.peft_model is None or self._is_reference or self._dtype != torch.float32 or dropout:
+            yield
+            return
+        with self._using(self._fold or Fold(self.peft_model)):
+            yield
 
     @contextlib.contextmanager
     def adapter_dropout(self) -> Iterator[None]:
         """Switch the adapter's dropout on; everything else of the model is always in eval mode."""
-        layers = [m for name, m in self._policy.named_modules() if "lora_dropout" in name.split(".")]
+        layers = self._dropout_layers()
         for layer in layers:
             layer.train()
         try:
@@ -117,9 +138,9 @@ class LanguageModel:
         """Append ids to the cache (`role_so_far` includes theirs) and return their final hidden states."""
         return self._body(ids, role_so_far, cache=cache)
 
-    def new_cache(self) -> DynamicCache:
-        """Return an empty key/value cache."""
-        return DynamicCache(config=self.config)
+    def new_cache(self, room: int = 0) -> DynamicCache:
+        """Return an empty key/value cache, with room for so many tokens if that is known. Not for training."""
+        return buffered_cache(self.config, room)
 
     def extend_where(
         self,
@@ -150,12 +171,33 @@ class LanguageModel:
         self, states: Float[Tensor, "B M D"], ids: Int[Tensor, "B M"], real: Bool[Tensor, "B M"]
     ) -> Float[Tensor, "B M"]:
         """Return the log-probability of ids under the states that predict them; 0 where they are not real."""
-        return torch.where(real, self._gather_logprobs(states, ids), 0.0)
+        (logprobs,) = self.in_chunks(self._chosen_logprobs, states.flatten(0, 1), ids.flatten())
+        return torch.where(real, logprobs.view(ids.shape), 0.0)
 
     def policy_logprobs(self, states: Float[Tensor, "*shape D"], temperature: float) -> Float[Tensor, "*shape V"]:
         """Return the query distribution: tempered, without control tokens (−inf there)."""
-        logits = self._logits(states) / temperature
-        return logits.masked_fill(~self.query_vocabulary, -torch.inf).log_softmax(-1)
+        return self._query_logprobs(self._logits(states), temperature)
+
+    @torch.no_grad()
+    def reference_logprobs(self, states: Float[Tensor, "*shape D"], temperature: float) -> Float[Tensor, "*shape V"]:
+        """Return the reference's query distribution, of hidden states that it computed."""
+        reference = self._policy if self._frozen_copy is None else self._frozen_copy  # no adapter sits on the head
+        return self._query_logprobs(self._logits(states, reference), temperature)
+
+    def in_chunks(
+        self, function: Callable[..., tuple[Float[Tensor, " C"], ...]], *tensors: Shaped[Tensor, "M ..."]
+    ) -> tuple[Float[Tensor, " M"], ...]:
+        """Apply a function of tokens that needs the vocabulary to so many at a time that no (M, V) tensor is whole.
+
+        On the way back of a gradient every chunk is computed again, unless there is only one.
+        """
+        size = max(1, HEAD_CHUNK // self.config.vocab_size)
+        chunks = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+        if len(chunks) > 1 and torch.is_grad_enabled():
+            parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        else:
+            parts = [function(*chunk) for chunk in chunks]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def encode(self, text: str) -> list[int]:
         """Encode article text; strings that look like control tokens stay ordinary text."""
@@ -198,6 +240,26 @@ class LanguageModel:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
+    def _dropout_layers(self) -> list[nn.Module]:
+        return [m for name, m in self._policy.named_modules() if "lora_dropout" in name.split(".")]
+
+    @contextlib.contextmanager
+    def _using(self, fold: Fold | None) -> Iterator[None]:
+        """Compute with folded weights, or with none."""
+        before = self._fold
+        self._exchange(fold)
+        try:
+            yield
+        finally:
+            self._exchange(before)
+
+    def _exchange(self, fold: Fold | None) -> None:
+        if fold is not self._fold:
+            for one in (self._fold, fold):
+                if one is not None:
+                    one.toggle()
+            self._fold = fold
+
     @property
     def _dtype(self) -> torch.dtype:
         return next(self._policy.parameters()).dtype
@@ -213,21 +275,20 @@ class LanguageModel:
         ).last_hidden_state
         return states
 
-    def _logits(self, states: Tensor) -> Tensor:
+    def _logits(self, states: Tensor, weights: Any = None) -> Tensor:
         """Apply the output head, in float32, as the model's own forward does (checked when it is loaded)."""
-        logits = self._active.get_output_embeddings()(states).float()
+        logits = (weights or self._active).get_output_embeddings()(states).float()
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _gather_logprobs(self, states: Tensor, ids: Tensor) -> Tensor:
-        """Log softmax(logits)[id], a chunk of rows at a time so that no (rows, tokens, vocabulary) tensor is whole."""
-        rows = max(1, _HEAD_CHUNK // (ids.shape[1] * self.config.vocab_size))
-        parts = []
-        for start in range(0, ids.shape[0], rows):
-            logits = self._logits(states[start : start + rows])
-            chosen = logits.gather(-1, ids[start : start + rows, :, None]).squeeze(-1)
-            parts.append(chosen - logits.logsumexp(-1))
-        return torch.cat(parts)
+    def _query_logprobs(self, logits: Tensor, temperature: float) -> Tensor:
+        """Temper and mask in place: nothing needs the logits themselves."""
+        logits = logits if temperature == 1.0 else logits.div_(temperature)
+        return logits.masked_fill_(~self.query_vocabulary, -torch.inf).log_softmax(-1)
+
+    def _chosen_logprobs(self, states: Tensor, ids: Tensor) -> tuple[Tensor]:
+        logits = self._logits(states)
+        return (logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1),)
 
     def _query_vocabulary(self) -> Bool[Tensor, " V"]:
         """True at ids a query may contain: real tokens that are not control tokens."""

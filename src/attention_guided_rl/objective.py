@@ -11,13 +11,17 @@ configuration works too.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from attention_guided_rl.config import KLConfig
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.records import PADDING, LossOutput, UpdateBatch
 from attention_guided_rl.rl_agent import full_kl, policy_loss, reward_loss, sampled_kl, selection_loss
+from attention_guided_rl.selection import entropy as entropy_of
 
 Objective = Callable[[LanguageModel, UpdateBatch, KLConfig, float], LossOutput]
 
@@ -27,19 +31,14 @@ def policy_gradient(model: LanguageModel, batch: UpdateBatch, kl: KLConfig, temp
     rows = batch.rows
     query_ids, real = rows.query_slots()
     shape = query_ids.shape
-    chosen = query_ids.flatten(1)[:, :, None]
-    with torch.no_grad(), model.reference():
-        reference = model.policy_logprobs(batch.reference_hidden, temperature)
     query, value = rows.layout.query_positions, rows.layout.value_positions
     wanted = query if batch.reward_weights is None else torch.cat([query, value])
     states = model.hidden(rows.ids, rows.role, wanted)
-    distribution = model.policy_logprobs(states[:, : len(query)], temperature)
-    logprobs = torch.where(real, distribution.gather(-1, chosen).view(shape), 0.0)
-    if kl.estimator in ("k2", "k3"):
-        divergence = sampled_kl(logprobs, reference.gather(-1, chosen).view(shape), kl.estimator)
-    else:  # with the penalty in the reward, the exact KL is for the log alone
-        divergence = full_kl(distribution, reference).view(shape)
-    divergence = torch.where(real, divergence, 0.0)
+    terms = model.in_chunks(
+        partial(_query_terms, model, kl, temperature),
+        states[:, : len(query)].flatten(0, 1), batch.reference_hidden.flatten(0, 1), query_ids.flatten(),
+    )  # fmt: skip
+    logprobs, divergence, entropy = (torch.where(real, term.view(shape), 0.0) for term in terms)
 
     policy = policy_loss(logprobs, batch.advantages, batch.num_query_tokens)
     loss = policy + (kl.coefficient if kl.place == "loss" else 0.0) * divergence.sum() / batch.num_query_tokens
@@ -49,16 +48,34 @@ def policy_gradient(model: LanguageModel, batch: UpdateBatch, kl: KLConfig, temp
         value_logprobs = model.logprobs_of(states[:, len(query) :], rows.ids[:, value], rows.role[:, value] != PADDING)
         loss = loss + reward_loss(value_logprobs, batch.reward_weights, batch.num_query_tokens)
     with torch.no_grad():
-        entropy = -(distribution.exp() * distribution.clamp_min(-1e9)).sum(-1).view(shape)
         mismatch = torch.where(real, (logprobs - rows.sampled_logprobs).abs(), 0.0)
     sums = {
         "loss/policy": policy * batch.num_query_tokens,
         "loss/kl": divergence.sum(),
-        "policy/entropy": torch.where(real, entropy, 0.0).sum(),
+        "policy/entropy": entropy.sum(),
         "policy/sampler_mismatch": mismatch.sum(),
     }
     metrics = {name: value.detach() / batch.num_query_tokens for name, value in sums.items()}
     return LossOutput(loss=loss, metrics=metrics)
+
+
+def _query_terms(
+    model: LanguageModel,
+    kl: KLConfig,
+    temperature: float,
+    states: Float[Tensor, "M D"],
+    reference_states: Float[Tensor, "M D"],
+    ids: Int[Tensor, " M"],
+) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"], Float[Tensor, " M"]]:
+    """Return log π(id), its divergence from the reference, and the entropy (without gradient) at query tokens."""
+    distribution = model.policy_logprobs(states, temperature)
+    reference = model.reference_logprobs(reference_states, temperature)
+    logprobs = distribution.gather(-1, ids[:, None])[:, 0]
+    if kl.estimator in ("k2", "k3"):
+        divergence = sampled_kl(logprobs, reference.gather(-1, ids[:, None])[:, 0], kl.estimator)
+    else:  # with the penalty in the reward, the exact KL is for the log alone
+        divergence = full_kl(distribution, reference)
+    return logprobs, divergence, entropy_of(distribution.detach())
 
 
 OBJECTIVES: dict[str, Objective] = {"policy_gradient": policy_gradient}

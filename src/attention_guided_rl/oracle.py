@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from attention_guided_rl.branching import Branches, write_queries
+from attention_guided_rl.branching import Branches, branches_at_once, last_logprobs, write_queries
 from attention_guided_rl.records import (
     PADDING,
     PROMPT,
@@ -111,18 +111,23 @@ class _Desk:
         self._role = torch.full_like(prompt, PROMPT)
         session.model.extend(self._cache, prompt, self._role)
         self.unread = torch.ones(pool.num_articles, pool.num_pairs, dtype=torch.bool, device=device)
-        self._before = None if pool.probe_value_ids.shape[1] == 0 else self._probes(None)
+        self._before: list[Tensor] = []
+        if pool.probe_value_ids.shape[1]:
+            beginning = Branches(session.model, self._cache, self._role, torch.tensor([self._role.shape[1]]))
+            self._before = [self._ask(beginning, 1)]
+            beginning.close()
 
     def rewards(self, candidates: Int[Tensor, "A C"], q0: Float[Tensor, "A Q"] | None) -> Float[Tensor, "A C"]:
         """Return what each candidate would be paid if it were read now."""
         reward = self._session.evaluation_reward
+        value_logprobs, probe_logprobs = self._read_and_ask(candidates, asks=reward.needs == "probes")
         inputs = RewardInputs(
             picks=candidates,
-            value_logprobs=self._score(slot(self._step_ids, candidates), slot(self._step_role, candidates) != PADDING),
+            value_logprobs=value_logprobs,
             pool=self._pool,
             prior=self._prior,
             counterfactual_logprobs=self._counterfactual(candidates, q0) if reward.needs == "counterfactual" else None,
-            probe_logprobs=self._levels(candidates) if reward.needs == "probes" else None,
+            probe_logprobs=probe_logprobs,
         )
         return reward(inputs).rewards
 
@@ -147,28 +152,38 @@ class _Desk:
         )
         return self._session.reference_scorer.branch(self._cache, self._role, branches)
 
-    def _levels(self, candidates: Int[Tensor, "A C"]) -> Float[Tensor, "A C1 P"]:
-        """Return Σ log p of the probes before anything was read, then after each candidate."""
-        assert self._before is not None
-        return torch.cat([self._before, self._probes(candidates)], 1)
+    def _read_and_ask(
+        self, candidates: Int[Tensor, "A C"], *, asks: bool
+    ) -> tuple[Float[Tensor, "A C L"], Float[Tensor, "A C1 P"] | None]:
+        """Score each candidate's value; and if asked, the probes before anything was read and after each candidate.
 
-    def _probes(self, candidates: Int[Tensor, "A C"] | None) -> Float[Tensor, "A C P"]:
-        """Score every probe after an empty query: as things are (C = 1), or after each candidate."""
-        probe_ids, probe_mask = self._pool.probe_value_ids, self._pool.probe_value_mask
-        num_articles, num_probes = probe_ids.shape[:2]
-        if candidates is None:
-            before_ids = probe_ids.new_zeros(num_articles, 1, 0)
-            before_mask = before_ids.bool()
-        else:
-            before_ids, before_mask = slot(self._step_ids, candidates), slot(self._step_role, candidates) != PADDING
-        count = before_ids.shape[1]
-        empty = self._empty_query[:, None].expand(-1, count * num_probes, -1)
-        ids = [before_ids.repeat_interleave(num_probes, 1), empty, probe_ids.repeat(1, count, 1)]
-        mask = [
-            before_mask.repeat_interleave(num_probes, 1), torch.ones_like(empty, dtype=torch.bool),
-            probe_mask.repeat(1, count, 1),
-        ]  # fmt: skip
-        return self._score(torch.cat(ids, -1), torch.cat(mask, -1)).sum(-1).view(num_articles, count, num_probes)
+        A candidate is read once, and its probes are branches off it.
+        """
+        model, num_probes = self._session.model, self._pool.probe_value_ids.shape[1]
+        length = self._step_ids.shape[2] + (num_probes * self._question()[0].shape[2] if asks else 0)
+        values, levels = [], list(self._before)
+        for some in candidates.split(branches_at_once(len(candidates), self._role.shape[1], length), 1):
+            branches = Branches(model, self._cache, self._role, torch.full((some.shape[1],), self._role.shape[1]))
+            ids, mask = slot(self._step_ids, some), slot(self._step_role, some) != PADDING
+            values.append(last_logprobs(model, branches.extend(ids, mask), ids, mask, self._pool.value_ids.shape[-1]))
+            if asks:
+                levels.append(self._ask(branches, some.shape[1]))
+            branches.close()
+        return torch.cat(values, 1), torch.cat(levels, 1) if asks else None
+
+    def _ask(self, branches: Branches, count: int) -> Float[Tensor, "A C P"]:
+        """Return Σ log p of every probe after an empty query, on each of `count` branches."""
+        ids, mask = (tensor.repeat(1, count, 1) for tensor in self._question())
+        branches.fork(ids.shape[1] // count)
+        states = branches.extend(ids, mask)
+        logprobs = last_logprobs(self._session.model, states, ids, mask, self._pool.value_ids.shape[-1])
+        return logprobs.sum(-1).unflatten(1, (count, -1))
+
+    def _question(self) -> tuple[Int[Tensor, "A P M"], Bool[Tensor, "A P M"]]:
+        """Return an empty query and a probe, for every probe."""
+        empty = self._empty_query[:, None].expand(-1, self._pool.probe_value_ids.shape[1], -1)
+        mask = torch.cat([torch.ones_like(empty, dtype=torch.bool), self._pool.probe_value_mask], -1)
+        return torch.cat([empty, self._pool.probe_value_ids], -1), mask
 
     def _counterfactual(
         self, candidates: Int[Tensor, "A C"], q0: Float[Tensor, "A Q"] | None

@@ -29,7 +29,8 @@ def rollout(
     """Write B trajectories in an environment that has just been reset to B rows."""
     uniforms = uniforms.to(model.device, torch.float32)
     rows, num_steps = uniforms.shape[:2]
-    row = _GrowingRow(model, rows)
+    layout = template.layout(num_steps, uniforms.shape[2] - 1, env.pool.value_ids.shape[2])
+    row = _GrowingRow(model, rows, layout.row_len)
     row.append(template.prompt, PROMPT)
     queries, sampled, readings = [], [], []
     for step in range(num_steps):
@@ -71,9 +72,9 @@ def _write_query(
 class _GrowingRow:
     """Rows under construction: what the cache holds, and what still waits to be encoded."""
 
-    def __init__(self, model: LanguageModel, rows: int) -> None:
+    def __init__(self, model: LanguageModel, rows: int, length: int) -> None:
         self._model, self._rows = model, rows
-        self.cache: DynamicCache = model.new_cache()
+        self.cache: DynamicCache = model.new_cache(room=length)
         self.role = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
         self._waiting: list[Tensor] = []
 

@@ -170,7 +170,7 @@ class ModelScorer:
         role = torch.cat([torch.full_like(prefix, TEMPLATE), torch.where(mask, VALUE, PADDING)], 1)
         role[:, : len(template.prompt)] = PROMPT
         positions = torch.arange(len(before), ids.shape[1])
-        size = self.micro_batch_rows or len(ids)
+        size = max(self.micro_batch_rows or len(ids), pool.num_pairs)  # these rows are short
         with self.weights():
             logprobs = torch.cat(
                 [

@@ -26,6 +26,7 @@ from attention_guided_rl.environment import (
     sampled_pick,
 )
 from attention_guided_rl.loading import load_model
+from attention_guided_rl.memory import rows_at_once
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network
 from attention_guided_rl.objective import OBJECTIVES, Objective
@@ -115,7 +116,10 @@ class Session:
             config, self.template, self.model.encode, self.corpus, self._context
         )
         self.embedder: Embedder = self._make_embedder(config.embedder, self.network, self.model)
-        micro_batch_rows = config.training.micro_batch_rows
+        row_len = self.template.layout(self.num_steps, config.rollout.query_tokens, config.pairs.value_tokens).row_len
+        most_rows = config.rollout.articles * config.rollout.trajectories
+        micro_batch_rows = config.training.micro_batch_rows or rows_at_once(processes.device, row_len, most_rows)
+        self.micro_batch_rows: int = micro_batch_rows
         self.reference_scorer: Scorer = reference_scorer(self.model, micro_batch_rows)
         self.ema: EmaWeights | None = None
         if config.reward.scorer == "ema":
@@ -157,7 +161,8 @@ class Session:
     def rollout(self, pool: PairPool, uniforms: Tensor, picker: Picker = sampled_pick) -> TrajectoryBatch:
         """Write trajectories with the active weights (`with session.model.reference():` for the untrained ones)."""
         env = self.environment(pool, uniforms.shape[0] // pool.num_articles)
-        return rollout(self.model, self.template, env, uniforms, self.config.rollout.temperature, picker)
+        with self.model.folded():
+            return rollout(self.model, self.template, env, uniforms, self.config.rollout.temperature, picker)
 
     def counterfactual_uniforms(
         self, purpose: Purpose, update: int, indices: range, trajectories: int
@@ -222,21 +227,23 @@ class Session:
         prior = scorer.prior(pool, self.template) if prior is None else prior
         return PaidRows(rows, scores, reward(reward_inputs(rows, scores, pool, prior)), prior)
 
-    def reference_hidden(self, paid: PaidRows) -> Tensor:
-        """Return the reference's hidden states at the query positions, from the scoring pass where it has them."""
+    def reference_hidden(self, paid: PaidRows, index: Int[Tensor, " M"] | None = None) -> Float[Tensor, "M SQ D"]:
+        """Return the reference's hidden states at the query positions of the rows at `index`, or of all rows.
+
+        They come from the scoring pass where it has them.
+        """
         if self.config.reward.scorer == "reference" and self.config.reward.query_in_context:
-            return paid.scores.query_hidden
-        return self.reference_scorer.score(paid.rows).query_hidden
+            return paid.scores.query_hidden if index is None else paid.scores.query_hidden[index]
+        return self.reference_scorer.score(paid.rows if index is None else paid.rows.select(index)).query_hidden
 
     @torch.no_grad()
     def kl_of_queries(self, paid: PaidRows) -> Float[Tensor, "B S"]:
         """Return the mean k1 = log π − log π₀ of each query's tokens, as they were sampled."""
         ids, real = paid.rows.query_slots()
         hidden, parts = self.reference_hidden(paid), []
-        size = self.config.training.micro_batch_rows or len(ids)
+        size = self.micro_batch_rows
         for some_ids, some_hidden in zip(ids.split(size), hidden.split(size), strict=True):
-            with self.model.reference():
-                distribution = self.model.policy_logprobs(some_hidden, self.config.rollout.temperature)
+            distribution = self.model.reference_logprobs(some_hidden, self.config.rollout.temperature)
             parts.append(distribution.gather(-1, some_ids.flatten(1)[:, :, None]).view(some_ids.shape))
         k1 = torch.where(real, paid.rows.sampled_logprobs - torch.cat(parts), 0.0)
         return k1.sum(-1) / ids.shape[2]

@@ -179,7 +179,7 @@ def _first_update(session: Session, pool: PairPool, uniforms: Tensor) -> tuple[P
     with _put_back(session):
         stepped, *update = _measured(device, step)
     num_rows = config.rollout.articles * config.rollout.trajectories
-    at_once = config.training.micro_batch_rows or num_rows
+    at_once = session.micro_batch_rows
     more_rows = num_rows / rows.num_rows
     more_at_once = min(at_once, num_rows) / min(at_once, rows.num_rows)
     grown = (
@@ -227,7 +227,7 @@ def _objective(session: Session, paid: PaidRows, pool: PairPool, policy: float, 
 
 def _first_rows(session: Session, rows: TrajectoryBatch) -> TrajectoryBatch:
     """Return the first micro-batch."""
-    return rows.select(torch.arange(rows.num_rows, device=rows.ids.device)[: session.config.training.micro_batch_rows])
+    return rows.select(torch.arange(rows.num_rows, device=rows.ids.device)[: session.micro_batch_rows])
 
 
 def _signs(rows: TrajectoryBatch) -> Float[Tensor, "B S"]:
