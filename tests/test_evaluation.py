@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,14 @@ from attention_guided_rl.config_files import load_config
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.errors import CorpusError
 from attention_guided_rl.evaluation import evaluation_records
-from attention_guided_rl.headroom import Headroom, measure_headroom, permute_values, random_order_rewards
+from attention_guided_rl.headroom import (
+    Headroom,
+    different_articles,
+    measure_headroom,
+    no_floor_of,
+    permute_values,
+    random_order_rewards,
+)
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.oracle import oracle_rows
 from attention_guided_rl.order_files import OrderLine, picks_of_orders
@@ -33,7 +41,7 @@ from attention_guided_rl.records import (
 )
 from attention_guided_rl.selection import sample
 from attention_guided_rl.session import Session
-from attention_guided_rl.summary import area_under, summarise
+from attention_guided_rl.summary import area_under, summarise, with_holm
 from attention_guided_rl.texts import first_of_subject, with_key_text
 
 # -- the summary, on records typed by hand -----------------------------------------------------------------------------
@@ -631,35 +639,79 @@ def test_permuted_values_come_from_other_articles_and_leave_keys_in_place(make_s
 
 
 def test_headroom_puts_the_searches_beside_their_floor_and_random_orders_beside_their_spread(make_session, capsys):
-    session = make_session(EVALUATION | {"evaluation.oracle": True})
+    session = make_session(EVALUATION | {"evaluation.oracle": True, "evaluation.articles": 4})
     result = measure_headroom(session)
     assert {"oracle", "beam", "permuted/oracle", "permuted/beam", "article_order/key"} <= set(result.contrasts)
+    assert {arm for arm, c in result.contrasts.items() if "p_holm" not in c} == {
+        "oracle", "beam", "permuted/oracle", "permuted/beam",
+    }  # fmt: skip
     lead = result.contrasts["oracle"]["mean"] - result.contrasts["permuted/oracle"]["mean"]
     assert result.above_floor["oracle"]["mean"] == pytest.approx(lead)
-    pool = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL).next_pool(3)
+    pool = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL).next_pool(4)
     variances = [statistics.variance(row) for row in random_order_rewards(session, pool).tolist()]
-    assert result.random_order_sd == pytest.approx((sum(variances) / 3) ** 0.5, rel=1e-4)
+    assert result.random_order_sd == pytest.approx((sum(variances) / 4) ** 0.5, rel=1e-4)
     assert result.verdict in " ".join(capsys.readouterr().out.split())
 
 
-def found(simple: float, search: float | None) -> Headroom:
-    def c(low: float) -> dict[str, float]:
-        return {"mean": low + 1, "low": low, "high": low + 2, "p": 0.5}
-
-    above = {} if search is None else {"oracle": c(search)}
-    leads = {"article_order/key": c(simple), "oracle": c(9.0), "planted_shuffled/key": c(9.0)}
-    return Headroom(contrasts=leads, random_order_sd=0.1, above_floor=above, steerability=1.0)
+def first_pool(session: Session, names: str) -> PairPool:
+    """The pools of the corpus's first articles, each named by a letter."""
+    stream = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL)
+    pool = stream.next_pool(len(names))
+    return replace(pool, articles=tuple(replace(a, id=n) for a, n in zip(pool.articles, names, strict=True)))
 
 
 @pytest.mark.parametrize(
-    ("simple", "search", "verdict"),
+    ("names", "why"), [("aaaaa", "one article is read"), ("ababc", "3 different articles are read"), ("abcdb", None)]
+)
+def test_a_noise_floor_needs_four_different_articles(make_session, names, why):
+    found = no_floor_of(first_pool(make_session(EVALUATION), names))
+    assert found is None if why is None else found.startswith(why)
+
+
+def test_values_are_not_exchanged_between_two_pools_of_one_article(make_session):
+    pool = first_pool(make_session(EVALUATION), "abac")
+    kept = different_articles(pool)
+    assert [article.id for article in kept.articles] == ["a", "b", "c"]
+    assert kept.pair_ids == (pool.pair_ids[0], pool.pair_ids[1], pool.pair_ids[3])
+
+
+def found(orders: dict[str, tuple[float, float]], search: tuple[float, float] | None, *, steerability: float = 1.0):
+    """Headroom of (low, p) by order, and of one search beyond its floor."""
+
+    def c(low: float, p: float) -> dict[str, float]:
+        return {"mean": low + 1, "low": low, "high": low + 2, "p": p}
+
+    control = {"oracle": c(9.0, 0.0), "planted_shuffled/key": c(9.0, 0.0)}
+    return Headroom(
+        contrasts=control | with_holm({arm: c(*values) for arm, values in orders.items()}),
+        random_order_sd=0.1,
+        above_floor={} if search is None else with_holm({"oracle": c(*search)}),
+        no_floor="too few" if search is None else None,
+        steerability=steerability,
+    )
+
+
+@pytest.mark.parametrize(
+    ("orders", "search", "said"),
     [
-        (0.02, None, "there is something to learn"), (-0.1, 0.02, "may be something to learn"),
-        (0.0, 0.0, "no more than its noise floor"), (-1.0, None, "Nothing to learn"),
+        ({"article_order/key": (0.02, 0.04)}, None, "there is something to learn"),
+        # of two the smaller p counts double; of four articles none is below 2 / 2⁴
+        ({"article_order/key": (0.02, 0.04), "nearest_key/key": (-1.0, 0.9)}, None, "Nothing to learn"),
+        ({"article_order/key": (0.3, 0.125)}, None, "say nothing"),
+        ({"article_order/key": (0.009, 0.001)}, None, "Nothing to learn"),
+        ({"article_order/key": (-0.1, 0.5)}, (0.02, 0.04), "may be something to learn"),
+        ({"article_order/key": (-0.1, 0.5)}, (0.02, 0.06), "than its noise floor"),
+        ({"article_order/key": (-1.0, 0.5)}, (-1.0, 0.5), "Nothing to learn"),
     ],
-)  # fmt: skip
-def test_headroom_says_plainly_when_there_is_nothing_to_learn(simple, search, verdict):
-    assert verdict in found(simple, search).verdict
+)
+def test_headroom_claims_only_what_is_shown(orders, search, said):
+    assert said in found(orders, search).verdict
+
+
+def test_headroom_says_plainly_that_a_selection_cannot_be_steered():
+    said = found({"article_order/key": (0.5, 0.001)}, (0.5, 0.001), steerability=0.09).verdict
+    assert said.startswith("The selection cannot be steered (0.090 nats, below 0.1)")
+    assert "nothing can be learned about order" in said
 
 
 # -- records -----------------------------------------------------------------------------------------------------------

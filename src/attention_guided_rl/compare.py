@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_guided_rl.errors import ConfigError
-from attention_guided_rl.statistics import holm
-from attention_guided_rl.summary import contrast, summarise, unit_means
+from attention_guided_rl.summary import contrast, summarise, unit_means, with_holm
 
 NEEDED = ("arm", "article", "pool", "index", "seed", "reward_kind", "reward", "picks", "subjects", "probe_curve")
 
@@ -87,9 +86,7 @@ def compare_runs(ours: Sequence[RunEvaluation], theirs: Sequence[RunEvaluation])
         )
     a, b = (unit_means([r for run in group for r in run.records], "reward", _unit(ours)) for group in (ours, theirs))
     paired = {arm: [a[arm][unit] - b[arm][unit] for unit in a[arm]] for arm in a if arm in b}
-    contrasts = {arm: contrast(values) for arm, values in paired.items() if any(values)}
-    for arm, p in holm({arm: c["p"] for arm, c in contrasts.items()}).items():
-        contrasts[arm]["p_holm"] = p
+    contrasts = with_holm({arm: contrast(values) for arm, values in paired.items() if any(values)})
     return {
         "unit": "nats per value token",
         "reward_kind": ours[0].reward_kind,

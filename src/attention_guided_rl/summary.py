@@ -35,13 +35,13 @@ def summarise(records: Sequence[Mapping[str, Any]], *, held_out: bool) -> dict[s
     """Compute the contents of evaluation.json."""
     unit = "article" if len({r["article"] for r in records}) > 1 else "trajectory"
     values = unit_means(records, "reward", "article" if unit == "article" else "index")
-    contrasts = {
-        name: contrast([sum(sign * values[arm][u] for arm, sign in signs.items()) for u in _shared(values, signs)])
-        for name, signs in CONTRASTS.items()
-        if set(signs) <= set(values)
-    }
-    for name, p in holm({name: c["p"] for name, c in contrasts.items()}).items():
-        contrasts[name]["p_holm"] = p
+    contrasts = with_holm(
+        {
+            name: contrast([sum(sign * values[arm][u] for arm, sign in signs.items()) for u in _shared(values, signs)])
+            for name, signs in CONTRASTS.items()
+            if set(signs) <= set(values)
+        }
+    )
     choice = contrasts.get("trained/key-untrained/key")
     return {
         "unit": "nats per value token",
@@ -84,6 +84,12 @@ def contrast(paired: Sequence[float]) -> dict[str, Any]:
         "p": sign_flip_p(paired),
         "smallest_detectable": detectable if math.isfinite(detectable) else None,
     }
+
+
+def with_holm(contrasts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add `p_holm` to contrasts that are one family."""
+    adjusted = holm({name: c["p"] for name, c in contrasts.items()})
+    return {name: {**c, "p_holm": adjusted[name]} for name, c in contrasts.items()}
 
 
 def _shared(values: Values, arms: Sequence[str] | Mapping[str, int]) -> list[Any]:
