@@ -598,7 +598,9 @@ def test_orders_are_matched_by_article_and_pair_whatever_their_place_in_the_file
     session = make_session(EVALUATION)
     pool = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL).next_pool(3)
     orders = [[4, 0, 2], [1, 3, 0], [2, 1, 4]]
-    found = picks_of_orders(orders_of(pool, orders)[::-1], pool, 3, "orders.jsonl")
+    lines = [*orders_of(pool, orders), OrderLine(article="another", hash="", pairs=())]
+    lines[0] = lines[0].model_copy(update={"picks": (4, 0, 2)})
+    found = picks_of_orders(lines[::-1], pool, 3, "orders.jsonl")
     assert [row.tolist() for row in found] == orders
     batches = run_arms(session, [], orders={"mine": found})
     results = [r for batch in batches for r in batch.results]
@@ -612,6 +614,7 @@ def test_orders_are_matched_by_article_and_pair_whatever_their_place_in_the_file
         ({"article": "another"}, "no order for article"),
         ({"hash": "0" * 16}, "another text"),
         ({"pairs": ("x-1", "x-2", "x-3")}, "'x-1' is not in this evaluation's pool"),
+        ({"picks": (2, 0, 1)}, r"picks \[2, 0, 1\] are not its pairs, which lie at \[2, 1, 0\]"),
         ({"pairs": ()}, "0 pairs, 0 of them different; the evaluation reads 3"),
     ],
 )
