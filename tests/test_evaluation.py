@@ -27,7 +27,7 @@ from attention_guided_rl.headroom import (
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.oracle import oracle_rows
 from attention_guided_rl.order_files import OrderLine, picks_of_orders
-from attention_guided_rl.pickers import replay
+from attention_guided_rl.pickers import PICKERS, replay
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import (
     PADDING,
@@ -41,6 +41,7 @@ from attention_guided_rl.records import (
 )
 from attention_guided_rl.selection import sample
 from attention_guided_rl.session import Session
+from attention_guided_rl.summary import PICKERS as OUR_PICKERS
 from attention_guided_rl.summary import area_under, summarise, with_holm
 from attention_guided_rl.texts import first_of_subject, with_key_text
 
@@ -80,7 +81,7 @@ def test_arms_contrasts_choice_gain_and_gap_of_two_articles():
     contrast = summary["contrasts"]["trained-untrained"]  # 2, 4
     assert {k: contrast[k] for k in ("mean", "low", "high", "p")} == {"mean": 3.0, "low": 2.0, "high": 4.0, "p": 0.5}
     # trained/key − untrained/key: 0.5, 2.5; of four sign patterns two are as extreme
-    assert summary["choice_gain"] == {"mean": 1.5, "low": 0.5, "high": 2.5, "p": 0.5}
+    assert summary["choice_gain"] == {"mean": 1.5, "low": 0.5, "high": 2.5, "p": 0.5, "p_holm": 1.0}  # of two contrasts
     # (trained − untrained)/(oracle − untrained): 3/6
     assert summary["oracle_gap_closed"] == pytest.approx(0.5)
 
@@ -100,6 +101,25 @@ def test_contrasts_are_only_those_whose_arms_were_run():
 def test_the_gap_closed_is_given_only_where_the_gaps_interval_is_positive(oracle, closed):
     value = summarise(records({**TABLE, "oracle": oracle}), held_out=True)["oracle_gap_closed"]
     assert value == (None if closed is None else pytest.approx(closed))
+
+
+def test_of_a_single_article_no_share_of_a_gap_is_given():
+    table = {arm: rewards[:1] for arm, rewards in TABLE.items()} | {"planted/possible": [9.0]}
+    summary = summarise(records(table), held_out=True)
+    assert (summary["oracle_gap_closed"], summary["possible_gap_closed"]) == (None, None)
+
+
+def test_orders_of_a_file_are_compared_with_the_policy_and_with_random_picks_in_one_family():
+    table = {
+        "trained/key": [4.0, 6.0], "my-order/key": [3.0, 4.0], "my-order": [0.0, 0.0], "random/key": [1.0, 0.0],
+        "trained@live": [0.0, 1.0], "untrained/key": [0.0, 0.0],
+    }  # fmt: skip
+    contrasts = summarise(records(table), held_out=True)["contrasts"]
+    assert {name: c["mean"] for name, c in contrasts.items()} == {
+        "trained/key-untrained/key": 5.0, "trained/key-my-order/key": 1.5, "my-order/key-random/key": 3.0,
+    }  # fmt: skip
+    assert {c["p_holm"] for c in contrasts.values()} == {1.0}  # 3 × 0.5
+    assert {*PICKERS, "oracle"} == OUR_PICKERS
 
 
 def test_holm_adjusts_over_all_contrasts_that_are_given():
