@@ -1,6 +1,7 @@
 """Evaluation: who picks what, on equal terms, and what the summary makes of it."""
 
 import json
+import shutil
 import statistics
 from dataclasses import replace
 from typing import Any
@@ -9,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
+from attention_guided_rl import runs
 from attention_guided_rl.arms import run_arms
 from attention_guided_rl.branching import branch_logprobs
 from attention_guided_rl.config import Config
-from attention_guided_rl.config_files import load_config
+from attention_guided_rl.config_files import config_to_yaml, load_config
 from attention_guided_rl.distributed import Processes
-from attention_guided_rl.errors import CorpusError
-from attention_guided_rl.evaluation import evaluation_records
+from attention_guided_rl.errors import ConfigError, CorpusError
+from attention_guided_rl.evaluation import evaluation_records, scoring_identity
 from attention_guided_rl.headroom import (
     Headroom,
     different_articles,
@@ -765,6 +767,33 @@ def test_records_count_the_subjects_read():
     for r in evaluation_records(session, batch, update=0):
         labels = [int(batch.pool.subject[r["index"], j]) for j in r["picks"]]
         assert r["subjects"] == len(set(labels))
+
+
+def test_scoring_is_one_name_for_all_that_a_reward_means(make_session, make_config):
+    session = make_session()
+    base = scoring_identity(session)
+    assert scoring_identity(make_session({"template.prompt": "ba be"})) != base
+    assert scoring_identity(make_session({"rollout.steps": 2})) != base
+    for change in ({"pairs.value_tokens": 3}, {"rollout.query_tokens": 3}, {"reward.query_in_context": False},
+                   {"evaluation.num_probes": 2}, {"model.revision": "main"}):  # fmt: skip
+        session.config = make_config(change)
+        assert scoring_identity(session) != base, change
+    for change in ({"training.seed": 3}, {"evaluation.articles": 2}, {"rollout.temperature": 0.5}):
+        session.config = make_config(change)
+        assert scoring_identity(session) == base, change
+
+
+def test_runs_that_are_no_seeds_of_one_setting_are_not_even_evaluated(make_config, tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    runs.train(make_config({"training.updates": 0}), first)
+    with pytest.raises(ConfigError, match=r"both have training\.seed 0"):
+        runs.evaluate_seeds([first, first])
+    shutil.copytree(first, second)
+    config = make_config({"training.updates": 0, "training.seed": 1, "optimizer.learning_rate": 0.5})
+    (second / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate is 0\.01 and 0\.5"):
+        runs.evaluate_seeds([first, second])
+    assert not (first / "evaluation.jsonl").exists()
 
 
 def test_the_roles_of_a_replaced_row_cover_every_slot(make_session):
