@@ -1,26 +1,32 @@
 """Compare: runs against runs, on evaluations typed by hand."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from attention_guided_rl.cli import main
 from attention_guided_rl.compare import RunEvaluation, compare_runs, read_evaluation, split_groups, summarise_seeds
 from attention_guided_rl.errors import ConfigError
 
 
-def run(name: str, trained: list[float], *, seed: int = 0, pool: str = "p", reward_kind: str = "value_prior"):
+def run(
+    name: str, trained: list[float], *, seed: int = 0, pool: str = "p", reward_kind: str = "value_prior",
+    update: int = 60, scoring: str = "s", arms: tuple[str, ...] = ("trained", "untrained"), **settings: object,
+):  # fmt: skip
     """A run with one trained trajectory per article a, b, c …, and an untrained arm that is the same for all."""
     records = tuple(
         {
             "arm": arm, "article": "abcdefgh"[i], "pool": f"{pool}{i}", "index": i, "seed": seed, "reward": reward,
-            "reward_kind": reward_kind, "picks": [0, 1], "subjects": None, "probe_curve": None,
+            "update": update, "scoring": scoring, "reward_kind": reward_kind, "subjects": None, "probe_curve": None,
         }
-        for arm, rewards in (("trained", trained), ("untrained", [0.5] * len(trained)))
-        for i, reward in enumerate(rewards)
+        for arm in arms
+        for i, reward in enumerate(trained if arm == "trained" else [0.5] * len(trained))
     )  # fmt: skip
-    return RunEvaluation(name, records, held_out=True)
+    named = {key.replace("__", "."): value for key, value in settings.items()}
+    return RunEvaluation(name, records, held_out=True, settings={"training.seed": seed, **named})
 
 
 def test_runs_are_paired_by_article():
@@ -55,6 +61,50 @@ def test_what_cannot_be_compared_is_refused(other, complaint):
         compare_runs([run("a", [1.0, 2.0])], [other])
 
 
+def test_rewards_that_mean_different_things_are_not_subtracted():
+    ours, other = run("a", [1.0, 2.0], pairs__value_tokens=10), {"pairs__value_tokens": 12, "scoring": "t"}
+    with pytest.raises(ConfigError, match=r"a and b were scored in different ways.*pairs\.value_tokens is 10 and 12"):
+        compare_runs([ours], [run("b", [1.0, 2.0], **other)])
+    with pytest.raises(ConfigError, match=r"same evaluation\.\* settings"):
+        compare_runs([ours], [run("b", [1.0, 2.0], scoring="t", pairs__value_tokens=10)])
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            {"optimizer__learning_rate": 0.01},
+            "a and b are not seeds of one setting: optimizer.learning_rate is None and",
+        ),
+        ({"training__updates": 90}, "training.updates is None and 90"),
+        ({"update": 40}, "evaluated at update 60 and 40"),
+        ({"seed": 0}, "a and b both have training.seed 0"),
+        ({"scoring": "t"}, "a and b were scored in different ways"),
+        ({"arms": ("trained",)}, "b lacks the arm untrained, which a has"),
+        ({"arms": ("trained", "untrained", "random")}, "a lacks the arm random, which b has"),
+    ],
+)
+def test_a_group_is_the_seeds_of_one_setting(change, complaint):
+    group = [run("a", [1.0, 2.0]), run("b", [1.0, 2.0], **{"seed": 1, **change})]
+    for refused in (lambda: summarise_seeds(group), lambda: compare_runs(group, [run("c", [0.0, 0.0])])):
+        with pytest.raises(ConfigError, match=re.escape(complaint)):
+            refused()
+
+
+def test_what_changes_no_training_may_differ_among_seeds_and_anything_between_groups():
+    free = {"evaluation.articles": 9, "log.tensorboard": True, "network.offline": True, "training.device": "cpu",
+            "training.checkpoint_every": 7, "embedder.max_usd": 1.0}  # fmt: skip
+    group = [run("a", [1.0, 2.0]), run("b", [1.0, 2.0], seed=1, **{k.replace(".", "__"): v for k, v in free.items()})]
+    assert summarise_seeds(group)["seeds"] == [0, 1]
+    other = [run("c", [0.0, 0.0], update=9, optimizer__learning_rate=1.0)]
+    assert compare_runs(group[:1], other)["contrasts"]["trained"]["mean"] == 1.5
+
+
+def test_other_seeds_draw_other_numbers_which_is_said():
+    with pytest.warns(UserWarning, match="training seeds 0 minus 1: .* luck of the draw"):
+        compare_runs([run("a", [1.0, 2.0])], [run("b", [1.0, 2.0], seed=1)])
+
+
 def test_groups_are_two_runs_or_what_stands_on_both_sides_of_vs():
     assert split_groups(["a", "b"]) == ([Path("a")], [Path("b")])
     assert split_groups(["a", "b", "vs", "c"]) == ([Path("a"), Path("b")], [Path("c")])
@@ -71,6 +121,7 @@ def write(folder: Path, evaluation: RunEvaluation) -> Path:
     lines = "".join(json.dumps(r) + "\n" for r in evaluation.records)
     (folder / "evaluation.jsonl").write_text(lines, encoding="utf-8")
     (folder / "evaluation.json").write_text(json.dumps({"held_out": True}), encoding="utf-8")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"training": {"seed": evaluation.settings["training.seed"]}}))
     return folder
 
 

@@ -1,7 +1,9 @@
 """Evaluation: who picks what, on equal terms, and what the summary makes of it."""
 
 import json
+import shutil
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,15 +14,22 @@ from attention_guided_rl import runs
 from attention_guided_rl.arms import run_arms
 from attention_guided_rl.branching import branch_logprobs
 from attention_guided_rl.config import Config
-from attention_guided_rl.config_files import load_config
+from attention_guided_rl.config_files import config_to_yaml, load_config
 from attention_guided_rl.distributed import Processes
-from attention_guided_rl.errors import CorpusError
-from attention_guided_rl.evaluation import evaluation_records
-from attention_guided_rl.headroom import Headroom, measure_headroom, permute_values, random_order_rewards
+from attention_guided_rl.errors import ConfigError, CorpusError
+from attention_guided_rl.evaluation import evaluation_records, scoring_identity
+from attention_guided_rl.headroom import (
+    Headroom,
+    different_articles,
+    measure_headroom,
+    no_floor_of,
+    permute_values,
+    random_order_rewards,
+)
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.oracle import oracle_rows
 from attention_guided_rl.order_files import OrderLine, picks_of_orders
-from attention_guided_rl.pickers import replay
+from attention_guided_rl.pickers import PICKERS, replay
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import (
     PADDING,
@@ -34,7 +43,8 @@ from attention_guided_rl.records import (
 )
 from attention_guided_rl.selection import sample
 from attention_guided_rl.session import Session
-from attention_guided_rl.summary import area_under, summarise
+from attention_guided_rl.summary import PICKERS as OUR_PICKERS
+from attention_guided_rl.summary import area_under, summarise, with_holm
 from attention_guided_rl.texts import first_of_subject, with_key_text
 
 # -- the summary, on records typed by hand -----------------------------------------------------------------------------
@@ -73,7 +83,7 @@ def test_arms_contrasts_choice_gain_and_gap_of_two_articles():
     contrast = summary["contrasts"]["trained-untrained"]  # 2, 4
     assert {k: contrast[k] for k in ("mean", "low", "high", "p")} == {"mean": 3.0, "low": 2.0, "high": 4.0, "p": 0.5}
     # trained/key − untrained/key: 0.5, 2.5; of four sign patterns two are as extreme
-    assert summary["choice_gain"] == {"mean": 1.5, "low": 0.5, "high": 2.5, "p": 0.5}
+    assert summary["choice_gain"] == {"mean": 1.5, "low": 0.5, "high": 2.5, "p": 0.5, "p_holm": 1.0}  # of two contrasts
     # (trained − untrained)/(oracle − untrained): 3/6
     assert summary["oracle_gap_closed"] == pytest.approx(0.5)
 
@@ -93,6 +103,25 @@ def test_contrasts_are_only_those_whose_arms_were_run():
 def test_the_gap_closed_is_given_only_where_the_gaps_interval_is_positive(oracle, closed):
     value = summarise(records({**TABLE, "oracle": oracle}), held_out=True)["oracle_gap_closed"]
     assert value == (None if closed is None else pytest.approx(closed))
+
+
+def test_of_a_single_article_no_share_of_a_gap_is_given():
+    table = {arm: rewards[:1] for arm, rewards in TABLE.items()} | {"planted/possible": [9.0]}
+    summary = summarise(records(table), held_out=True)
+    assert (summary["oracle_gap_closed"], summary["possible_gap_closed"]) == (None, None)
+
+
+def test_orders_of_a_file_are_compared_with_the_policy_and_with_random_picks_in_one_family():
+    table = {
+        "trained/key": [4.0, 6.0], "my-order/key": [3.0, 4.0], "my-order": [0.0, 0.0], "random/key": [1.0, 0.0],
+        "trained@live": [0.0, 1.0], "untrained/key": [0.0, 0.0],
+    }  # fmt: skip
+    contrasts = summarise(records(table), held_out=True)["contrasts"]
+    assert {name: c["mean"] for name, c in contrasts.items()} == {
+        "trained/key-untrained/key": 5.0, "trained/key-my-order/key": 1.5, "my-order/key-random/key": 3.0,
+    }  # fmt: skip
+    assert {c["p_holm"] for c in contrasts.values()} == {1.0}  # 3 × 0.5
+    assert {*PICKERS, "oracle"} == OUR_PICKERS
 
 
 def test_holm_adjusts_over_all_contrasts_that_are_given():
@@ -591,7 +620,9 @@ def test_orders_are_matched_by_article_and_pair_whatever_their_place_in_the_file
     session = make_session(EVALUATION)
     pool = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL).next_pool(3)
     orders = [[4, 0, 2], [1, 3, 0], [2, 1, 4]]
-    found = picks_of_orders(orders_of(pool, orders)[::-1], pool, 3, "orders.jsonl")
+    lines = [*orders_of(pool, orders), OrderLine(article="another", hash="", pairs=())]
+    lines[0] = lines[0].model_copy(update={"picks": (4, 0, 2)})
+    found = picks_of_orders(lines[::-1], pool, 3, "orders.jsonl")
     assert [row.tolist() for row in found] == orders
     batches = run_arms(session, [], orders={"mine": found})
     results = [r for batch in batches for r in batch.results]
@@ -605,6 +636,7 @@ def test_orders_are_matched_by_article_and_pair_whatever_their_place_in_the_file
         ({"article": "another"}, "no order for article"),
         ({"hash": "0" * 16}, "another text"),
         ({"pairs": ("x-1", "x-2", "x-3")}, "'x-1' is not in this evaluation's pool"),
+        ({"picks": (2, 0, 1)}, r"picks \[2, 0, 1\] are not its pairs, which lie at \[2, 1, 0\]"),
         ({"pairs": ()}, "0 pairs, 0 of them different; the evaluation reads 3"),
     ],
 )
@@ -632,35 +664,79 @@ def test_permuted_values_come_from_other_articles_and_leave_keys_in_place(make_s
 
 
 def test_headroom_puts_the_searches_beside_their_floor_and_random_orders_beside_their_spread(make_session, capsys):
-    session = make_session(EVALUATION | {"evaluation.oracle": True})
+    session = make_session(EVALUATION | {"evaluation.oracle": True, "evaluation.articles": 4})
     result = measure_headroom(session)
     assert {"oracle", "beam", "permuted/oracle", "permuted/beam", "article_order/key"} <= set(result.contrasts)
+    assert {arm for arm, c in result.contrasts.items() if "p_holm" not in c} == {
+        "oracle", "beam", "permuted/oracle", "permuted/beam",
+    }  # fmt: skip
     lead = result.contrasts["oracle"]["mean"] - result.contrasts["permuted/oracle"]["mean"]
     assert result.above_floor["oracle"]["mean"] == pytest.approx(lead)
-    pool = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL).next_pool(3)
+    pool = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL).next_pool(4)
     variances = [statistics.variance(row) for row in random_order_rewards(session, pool).tolist()]
-    assert result.random_order_sd == pytest.approx((sum(variances) / 3) ** 0.5, rel=1e-4)
+    assert result.random_order_sd == pytest.approx((sum(variances) / 4) ** 0.5, rel=1e-4)
     assert result.verdict in " ".join(capsys.readouterr().out.split())
 
 
-def found(simple: float, search: float | None) -> Headroom:
-    def c(low: float) -> dict[str, float]:
-        return {"mean": low + 1, "low": low, "high": low + 2, "p": 0.5}
-
-    above = {} if search is None else {"oracle": c(search)}
-    leads = {"article_order/key": c(simple), "oracle": c(9.0), "planted_shuffled/key": c(9.0)}
-    return Headroom(contrasts=leads, random_order_sd=0.1, above_floor=above, steerability=1.0)
+def first_pool(session: Session, names: str) -> PairPool:
+    """The pools of the corpus's first articles, each named by a letter."""
+    stream = session.stream(session.config.corpus, num_probes=1, purpose=Purpose.EVALUATION_POOL)
+    pool = stream.next_pool(len(names))
+    return replace(pool, articles=tuple(replace(a, id=n) for a, n in zip(pool.articles, names, strict=True)))
 
 
 @pytest.mark.parametrize(
-    ("simple", "search", "verdict"),
+    ("names", "why"), [("aaaaa", "one article is read"), ("ababc", "3 different articles are read"), ("abcdb", None)]
+)
+def test_a_noise_floor_needs_four_different_articles(make_session, names, why):
+    found = no_floor_of(first_pool(make_session(EVALUATION), names))
+    assert found is None if why is None else found.startswith(why)
+
+
+def test_values_are_not_exchanged_between_two_pools_of_one_article(make_session):
+    pool = first_pool(make_session(EVALUATION), "abac")
+    kept = different_articles(pool)
+    assert [article.id for article in kept.articles] == ["a", "b", "c"]
+    assert kept.pair_ids == (pool.pair_ids[0], pool.pair_ids[1], pool.pair_ids[3])
+
+
+def found(orders: dict[str, tuple[float, float]], search: tuple[float, float] | None, *, steerability: float = 1.0):
+    """Headroom of (low, p) by order, and of one search beyond its floor."""
+
+    def c(low: float, p: float) -> dict[str, float]:
+        return {"mean": low + 1, "low": low, "high": low + 2, "p": p}
+
+    control = {"oracle": c(9.0, 0.0), "planted_shuffled/key": c(9.0, 0.0)}
+    return Headroom(
+        contrasts=control | with_holm({arm: c(*values) for arm, values in orders.items()}),
+        random_order_sd=0.1,
+        above_floor={} if search is None else with_holm({"oracle": c(*search)}),
+        no_floor="too few" if search is None else None,
+        steerability=steerability,
+    )
+
+
+@pytest.mark.parametrize(
+    ("orders", "search", "said"),
     [
-        (0.02, None, "there is something to learn"), (-0.1, 0.02, "may be something to learn"),
-        (0.0, 0.0, "no more than its noise floor"), (-1.0, None, "Nothing to learn"),
+        ({"article_order/key": (0.02, 0.04)}, None, "there is something to learn"),
+        # of two the smaller p counts double; of four articles none is below 2 / 2⁴
+        ({"article_order/key": (0.02, 0.04), "nearest_key/key": (-1.0, 0.9)}, None, "Nothing to learn"),
+        ({"article_order/key": (0.3, 0.125)}, None, "say nothing"),
+        ({"article_order/key": (0.009, 0.001)}, None, "Nothing to learn"),
+        ({"article_order/key": (-0.1, 0.5)}, (0.02, 0.04), "may be something to learn"),
+        ({"article_order/key": (-0.1, 0.5)}, (0.02, 0.06), "than its noise floor"),
+        ({"article_order/key": (-1.0, 0.5)}, (-1.0, 0.5), "Nothing to learn"),
     ],
-)  # fmt: skip
-def test_headroom_says_plainly_when_there_is_nothing_to_learn(simple, search, verdict):
-    assert verdict in found(simple, search).verdict
+)
+def test_headroom_claims_only_what_is_shown(orders, search, said):
+    assert said in found(orders, search).verdict
+
+
+def test_headroom_says_plainly_that_a_selection_cannot_be_steered():
+    said = found({"article_order/key": (0.5, 0.001)}, (0.5, 0.001), steerability=0.09).verdict
+    assert said.startswith("The selection cannot be steered (0.090 nats, below 0.1)")
+    assert "nothing can be learned about order" in said
 
 
 # -- records -----------------------------------------------------------------------------------------------------------
@@ -691,6 +767,33 @@ def test_records_count_the_subjects_read():
     for r in evaluation_records(session, batch, update=0):
         labels = [int(batch.pool.subject[r["index"], j]) for j in r["picks"]]
         assert r["subjects"] == len(set(labels))
+
+
+def test_scoring_is_one_name_for_all_that_a_reward_means(make_session, make_config):
+    session = make_session()
+    base = scoring_identity(session)
+    assert scoring_identity(make_session({"template.prompt": "ba be"})) != base
+    assert scoring_identity(make_session({"rollout.steps": 2})) != base
+    for change in ({"pairs.value_tokens": 3}, {"rollout.query_tokens": 3}, {"reward.query_in_context": False},
+                   {"evaluation.num_probes": 2}, {"model.revision": "main"}):  # fmt: skip
+        session.config = make_config(change)
+        assert scoring_identity(session) != base, change
+    for change in ({"training.seed": 3}, {"evaluation.articles": 2}, {"rollout.temperature": 0.5}):
+        session.config = make_config(change)
+        assert scoring_identity(session) == base, change
+
+
+def test_runs_that_are_no_seeds_of_one_setting_are_not_even_evaluated(make_config, tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    runs.train(make_config({"training.updates": 0}), first)
+    with pytest.raises(ConfigError, match=r"both have training\.seed 0"):
+        runs.evaluate_seeds([first, first])
+    shutil.copytree(first, second)
+    config = make_config({"training.updates": 0, "training.seed": 1, "optimizer.learning_rate": 0.5})
+    (second / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate is 0\.01 and 0\.5"):
+        runs.evaluate_seeds([first, second])
+    assert not (first / "evaluation.jsonl").exists()
 
 
 def test_the_roles_of_a_replaced_row_cover_every_slot(make_session):

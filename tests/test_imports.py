@@ -20,8 +20,8 @@ LAYERS = [
         report.figures report.log_lines report.verdict report.audit
     config model distributed reward storage tables data.corpus data.text_files report.trajectories report.tables summary
     config_files rl_agent environment template loading tracking network data.hygiene data.encyclopedia
-        data.article_cache report.drawing report.run_files compare
-    branching ema data.hub_dataset data.multistream data.mediawiki_reply report.html
+        data.article_cache report.drawing report.run_files run_settings
+    branching ema data.hub_dataset data.multistream data.mediawiki_reply report.html compare
     objective data.mediawiki data.dump_xml
     data.files data.dump data.hub data.wikipedia data.pairs embedders.cache
     data scorer rollouts survey_counts embedders.text embedders.attention embedders.hashing

@@ -1,29 +1,46 @@
 """Compare: runs against runs, from their evaluation.jsonl, article by article. Loads no model.
 
 In: run folders that have been evaluated. Out: for every arm the paired difference of two groups of runs, seeds nested
-in articles. Runs that did not read the same pools for the same reward are refused, for their difference means nothing.
+in articles. Runs that did not read the same pools for the same reward are refused, for their difference means nothing;
+so are groups whose runs are not seeds of one setting.
 """
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from attention_guided_rl.errors import ConfigError
-from attention_guided_rl.statistics import holm
-from attention_guided_rl.summary import contrast, summarise, unit_means
+from attention_guided_rl.run_settings import SCORING, differences, read_settings, require_seeds_of_one_setting
+from attention_guided_rl.summary import contrast, summarise, unit_means, with_holm
 
-NEEDED = ("arm", "article", "pool", "index", "seed", "reward_kind", "reward", "picks", "subjects", "probe_curve")
+NEEDED = (
+    *(
+        "arm",
+        "article",
+        "pool",
+        "index",
+        "seed",
+        "update",
+        "reward_kind",
+        "scoring",
+        "reward",
+        "subjects",
+        "probe_curve",
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class RunEvaluation:
-    """What evaluation.jsonl and evaluation.json of a run hold."""
+    """What evaluation.jsonl and evaluation.json of a run hold, and its settings by dotted key."""
 
     name: str
     records: tuple[dict[str, Any], ...]
     held_out: bool
+    settings: Mapping[str, Any]
 
     @property
     def reward_kind(self) -> str:
@@ -31,9 +48,19 @@ class RunEvaluation:
         return str(self.records[0]["reward_kind"])
 
     @property
-    def num_steps(self) -> int:
-        """S."""
-        return len(self.records[0]["picks"])
+    def scoring(self) -> str:
+        """Names how values were scored."""
+        return str(self.records[0]["scoring"])
+
+    @property
+    def update(self) -> int:
+        """The update whose checkpoint was evaluated."""
+        return int(self.records[0]["update"])
+
+    @property
+    def arms(self) -> dict[str, None]:
+        """The arms that were run, in order."""
+        return dict.fromkeys(r["arm"] for r in self.records)
 
 
 def read_evaluation(folder: Path) -> RunEvaluation:
@@ -52,22 +79,16 @@ def read_evaluation(folder: Path) -> RunEvaluation:
         raise ConfigError(f"{folder}: its evaluation cannot be read; run agrl evaluate {folder} again") from None
     if not records or any(name not in record for record in records for name in NEEDED):
         raise ConfigError(f"{folder}: its evaluation is incomplete; run agrl evaluate {folder} again")
-    return RunEvaluation(folder.name, records, held_out)
+    return RunEvaluation(folder.name, records, held_out, read_settings(folder))
 
 
 def summarise_seeds(runs: Sequence[RunEvaluation]) -> dict[str, Any]:
     """Summarise runs as seeds of one configuration.
 
     Raises:
-        ConfigError: they read other articles, for another reward, or have other arms.
+        ConfigError: they differ in more than their seed, or were not evaluated alike.
     """
-    first, *others = runs
-    for run in others:
-        _require_same(first, run)
-        if _articles([run]) != _articles([first]):
-            raise ConfigError(f"{first.name} and {run.name} were evaluated on different articles")
-        if {r["arm"] for r in run.records} != {r["arm"] for r in first.records}:
-            raise ConfigError(f"{first.name} and {run.name} have different arms; evaluate them with one command")
+    _require_seeds(runs)
     records = [record for run in runs for record in run.records]
     return summarise(records, held_out=all(run.held_out for run in runs))
 
@@ -76,20 +97,21 @@ def compare_runs(ours: Sequence[RunEvaluation], theirs: Sequence[RunEvaluation])
     """Return `ours − theirs` for every arm that both groups have; arms that are equal throughout are only named.
 
     Raises:
-        ConfigError: the groups did not read the same pools for the same reward.
+        ConfigError: a group is not seeds of one setting, or the groups did not read the same pools for the same reward.
     """
-    for run in (*ours[1:], *theirs):
-        _require_same(ours[0], run)
-    if _pools(ours) != _pools(theirs):
-        raise ConfigError(
-            f"{_names(ours)} and {_names(theirs)} were not evaluated on the same articles and pools (another corpus or "
-            "cutting, another number of articles or probes, or other seeds); compare runs of the same seeds"
+    _require_seeds(ours)
+    _require_seeds(theirs)
+    _require_same(ours[0], theirs[0])
+    our_seeds, their_seeds = (sorted({r["seed"] for run in group for r in run.records}) for group in (ours, theirs))
+    if our_seeds != their_seeds:
+        warnings.warn(
+            f"training seeds {_list(our_seeds)} minus {_list(their_seeds)}: the evaluation's random numbers follow the "
+            "seed, so a part of the difference is luck of the draw; better compare runs of the same seeds",
+            stacklevel=2,
         )
     a, b = (unit_means([r for run in group for r in run.records], "reward", _unit(ours)) for group in (ours, theirs))
     paired = {arm: [a[arm][unit] - b[arm][unit] for unit in a[arm]] for arm in a if arm in b}
-    contrasts = {arm: contrast(values) for arm, values in paired.items() if any(values)}
-    for arm, p in holm({arm: c["p"] for arm, c in contrasts.items()}).items():
-        contrasts[arm]["p_holm"] = p
+    contrasts = with_holm({arm: contrast(values) for arm, values in paired.items() if any(values)})
     return {
         "unit": "nats per value token",
         "reward_kind": ours[0].reward_kind,
@@ -98,7 +120,7 @@ def compare_runs(ours: Sequence[RunEvaluation], theirs: Sequence[RunEvaluation])
         "resampled": "article" if _unit(ours) == "article" else "trajectory",
         "articles": len(_articles(ours)),
         "units": len(next(iter(a.values()))),
-        "seeds": min(len({r["seed"] for run in group for r in run.records}) for group in (ours, theirs)),
+        "seeds": min(len(our_seeds), len(their_seeds)),
         "contrasts": contrasts,
         "identical": [arm for arm in paired if arm not in contrasts],
     }
@@ -123,13 +145,44 @@ def split_groups(words: Sequence[str]) -> tuple[list[Path], list[Path]]:
     return folders[: len(ours)], folders[len(ours) :]
 
 
+def _require_seeds(group: Sequence[RunEvaluation]) -> None:
+    """Refuse a group whose runs are not seeds of one setting, evaluated alike."""
+    require_seeds_of_one_setting([(run.name, run.settings) for run in group])
+    first, *others = group
+    for run in others:
+        _require_same(first, run)
+        if run.update != first.update:
+            raise ConfigError(
+                f"{first.name} and {run.name} are not seeds of one setting: evaluated at update {first.update} and "
+                f"{run.update}"
+            )
+        for has, lacks in ((first, run), (run, first)):
+            missing = [arm for arm in has.arms if arm not in lacks.arms]
+            if missing:
+                raise ConfigError(
+                    f"{lacks.name} lacks the arm {missing[0]}, which {has.name} has; evaluate them with one command"
+                )
+
+
 def _require_same(a: RunEvaluation, b: RunEvaluation) -> None:
+    """Refuse two runs whose rewards cannot be subtracted."""
     for what, left, right in (
-        ("the reward", a.reward_kind, b.reward_kind), ("steps", a.num_steps, b.num_steps),
+        ("the reward", a.reward_kind, b.reward_kind),
         ("held-out articles", a.held_out, b.held_out),
-    ):  # fmt: skip
+    ):
         if left != right:
             raise ConfigError(f"{a.name} and {b.name} differ in {what} of their evaluations: {left} and {right}")
+    if a.scoring != b.scoring:
+        found = [d for d in differences(a.settings, b.settings) if d[0].startswith(SCORING)]
+        what = "evaluate both with the same evaluation.* settings"
+        if found:
+            what = "{} is {!r} and {!r}".format(*found[0])
+        raise ConfigError(f"{a.name} and {b.name} were scored in different ways and cannot be subtracted: {what}")
+    if _pools([a]) != _pools([b]):
+        raise ConfigError(
+            f"{a.name} and {b.name} were not evaluated on the same articles and pools (another corpus, or another "
+            "number of articles or probes); evaluate both with the same evaluation.* settings"
+        )
 
 
 def _articles(group: Sequence[RunEvaluation]) -> set[str]:
@@ -145,5 +198,5 @@ def _unit(group: Sequence[RunEvaluation]) -> str:
     return "article" if len(_articles(group)) > 1 else "index"
 
 
-def _names(group: Sequence[RunEvaluation]) -> str:
-    return ", ".join(run.name for run in group)
+def _list(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))

@@ -100,6 +100,7 @@ def _log_trajectories(session: Session, logs: RunLogs, batch: EvaluationBatch, u
 def evaluation_records(session: Session, batch: EvaluationBatch, update: int) -> list[dict[str, Any]]:
     """Return one JSON-ready record per arm and article."""
     pools = [_pool_digest(batch.pool, a) for a in range(batch.pool.num_articles)]
+    scoring = scoring_identity(session)
     records = []
     for result in batch.results:
         picker, _, text = result.arm.partition("@")[0].partition("/")
@@ -120,6 +121,7 @@ def evaluation_records(session: Session, batch: EvaluationBatch, update: int) ->
                     "update": update,
                     "reward_kind": session.config.evaluation.reward or session.config.reward.kind,
                     "scorer": result.scorer,
+                    "scoring": scoring,
                     "reward": reward,
                     "picks": picks.tolist(),
                     "subjects": len(set(subjects)) if min(subjects) >= 0 else None,
@@ -127,6 +129,21 @@ def evaluation_records(session: Session, batch: EvaluationBatch, update: int) ->
                 }
             )
     return records
+
+
+def scoring_identity(session: Session) -> str:
+    """Name what a number of this evaluation means, beside its reward's kind: runs that differ here are not subtracted.
+
+    The settings are those of `run_settings.SCORING`, as they turned out: the template in tokens, sizes without `auto`.
+    """
+    config, template = session.config, session.template
+    asked = config.rollout.temperature if session.evaluation_reward.needs == "counterfactual" else None
+    parts = (
+        *(config.model.name, config.model.revision, template.prompt, template.before_query, template.before_value),
+        *(config.pairs.cut, config.pairs.key_tokens, config.pairs.value_tokens, session.num_pairs, session.num_steps),
+        *(config.rollout.query_tokens, asked, config.reward.query_in_context, config.evaluation.num_probes),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _curves(result: ArmResult, pool: PairPool) -> list[list[float]] | list[None]:

@@ -5,6 +5,7 @@ model gains from order is a question for measurement. A search maximises noise t
 same articles with values exchanged between them, where no value tells anything about another.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,53 +18,78 @@ from torch import Tensor
 
 from attention_guided_rl.arms import run_arms
 from attention_guided_rl.config import CorpusConfig
+from attention_guided_rl.diagnostics import STEERABILITY_WARNING
 from attention_guided_rl.errors import ConfigError
 from attention_guided_rl.evaluation import evaluation_records
 from attention_guided_rl.oracle import oracle_rows
 from attention_guided_rl.pickers import simple_pickers
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import PairPool
+from attention_guided_rl.report.verdict import verdict as verdict_of
 from attention_guided_rl.session import Session
-from attention_guided_rl.summary import contrast, unit_contrast
+from attention_guided_rl.summary import contrast, unit_contrast, with_holm
 from attention_guided_rl.texts import with_key_text
 from attention_guided_rl.tracking import make_console
 
 PICKERS = ("untrained", "random", "article_order", "easy_to_hard", "nearest_key", "planted", "planted_shuffled")
 NO_ORDERS = ("oracle", "beam", "permuted/oracle", "permuted/beam", "planted_shuffled/key")
 """What says nothing of an order that could be learned: searches, floors, and the planted rule's control."""
-NOTHING_TO_LEARN = 0.01  # nats per value token
+TOO_LITTLE = 0.01  # nats per value token: less is not worth learning
 RANDOM_ORDERS = 8
 BEAM_WIDTH = 4
 SEARCHED_ARTICLES = 24  # a beam costs its width times the greedy search
+FLOOR_ARTICLES = 4
+"""Different articles that a noise floor needs: fewer give each other so many values that an article's plan survives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headroom:
-    """What was measured, in nats per value token; contrasts are paired differences to random orders."""
+    """What was measured, in nats per value token; contrasts are paired differences to random orders.
+
+    `p_holm` is adjusted among the orders that could be learned, and apart from them among the searches.
+    """
 
     contrasts: dict[str, dict[str, Any]]
+    """By reader; those of `NO_ORDERS` have no `p_holm`."""
     random_order_sd: float
     """Standard deviation over random orders of the same article, averaged (root mean square) over articles."""
     above_floor: dict[str, dict[str, Any]]
-    """Each search's lead minus its lead on permuted values."""
+    """Each search's lead minus its lead on permuted values; empty without searches or without a floor."""
+    no_floor: str | None
+    """Why searches have no noise floor, if there are searches without one."""
     steerability: float
     """Mean over articles, nats."""
 
     @property
     def verdict(self) -> str:
         """Say in a sentence whether there is something to learn about order."""
-        best = max(c["low"] for arm, c in self.contrasts.items() if arm not in NO_ORDERS)
-        search = max((c["low"] for c in self.above_floor.values()), default=0.0)
-        if best >= NOTHING_TO_LEARN:
-            return "A simple order beats random picks here: there is something to learn about order."
-        if search >= NOTHING_TO_LEARN:
+        if self.steerability < STEERABILITY_WARNING:
             return (
-                "No simple order beats random picks here, but a search does by more than its noise floor: there may be "
-                "something to learn, and no simple rule finds it."
+                f"The selection cannot be steered ({self.steerability:.3f} nats, below {STEERABILITY_WARNING}): "
+                "whatever the query, the choice is nearly the same, so nothing can be learned about order here. Lower "
+                "selection.target_entropy or change the embedder."
             )
-        return "Nothing to learn about order is shown here: no simple order beats random picks" + (
-            ", and the search leads by no more than its noise floor." if self.above_floor else "."
+        if _best(c for c in self.contrasts.values() if "p_holm" in c) >= TOO_LITTLE:
+            return "A simple order beats random picks here: there is something to learn about order."
+        if _best(self.above_floor.values()) >= TOO_LITTLE:
+            return (
+                f"No simple order is shown to beat random picks by {TOO_LITTLE} nats, but a search beats them by more "
+                "than its noise floor: there may be something to learn, and no simple rule finds it."
+            )
+        searches = "."
+        if self.above_floor:
+            searches = ", and no search by that much more than its noise floor."
+        elif self.no_floor is not None:
+            searches = "; the searches have no noise floor here and say nothing."
+        return (
+            "Nothing to learn about order is shown here: no simple order is shown to beat random picks by "
+            f"{TOO_LITTLE} nats{searches}"
         )
+
+
+def _best(contrasts: Iterable[Mapping[str, Any]]) -> float:
+    """Return the largest lower bound among the leads that are shown; 0 if none is."""
+    return max((c["low"] for c in contrasts if verdict_of(c) == "better"), default=0.0)
 
 
 def measure_headroom(session: Session) -> Headroom:
@@ -77,26 +103,43 @@ def measure_headroom(session: Session) -> Headroom:
         records += evaluation_records(session, batch, update=0)
     arms = [arm for arm in dict.fromkeys(r["arm"] for r in records) if arm.endswith("/key")]
     contrasts = {arm: unit_contrast(records, arm, "random/key") for arm in arms if arm != "random/key"}
+    family = with_holm({arm: c for arm, c in contrasts.items() if arm not in NO_ORDERS})
     stream = session.stream(corpus, num_probes=config.evaluation.num_probes, purpose=Purpose.EVALUATION_POOL)
     pool = stream.next_pool(min(config.evaluation.articles, SEARCHED_ARTICLES)).to(session.model.device)
+    no_floor = no_floor_of(pool) if config.evaluation.oracle else None
+    if config.evaluation.oracle and no_floor is None:
+        pool = different_articles(pool)
     orders = random_order_rewards(session, pool)
-    above_floor = {}
-    if config.evaluation.oracle and pool.num_articles > 1:
-        leads = search_leads(session, pool, orders.mean(1))
+    leads = search_leads(session, pool, orders.mean(1)) if config.evaluation.oracle else {}
+    floors = {}
+    if leads and no_floor is None:
         permuted = permute_values(pool)
         floors = search_leads(session, permuted, random_order_rewards(session, permuted).mean(1))
-        for name, lead in leads.items():
-            contrasts[name] = contrast(lead.tolist())
-            contrasts[f"permuted/{name}"] = contrast(floors[name].tolist())
-            above_floor[name] = contrast((lead - floors[name]).tolist())
+    searched = leads | {f"permuted/{name}": floor for name, floor in floors.items()}
     result = Headroom(
-        contrasts=contrasts,
+        contrasts=contrasts | family | {name: contrast(lead.tolist()) for name, lead in searched.items()},
         random_order_sd=float(orders.var(1).mean().sqrt()),
-        above_floor=above_floor,
+        above_floor=with_holm({name: contrast((leads[name] - floor).tolist()) for name, floor in floors.items()}),
+        no_floor=no_floor,
         steerability=float(session.steerability(pool.take(torch.arange(min(8, pool.num_articles)))).mean()),
     )
     _print(make_console(), result, corpus, pool.num_articles)
     return result
+
+
+def no_floor_of(pool: PairPool) -> str | None:
+    """Say why values of this pool cannot be exchanged for a noise floor; None if they can."""
+    found = len({article.id for article in pool.articles})
+    if found >= FLOOR_ARTICLES:
+        return None
+    read = "one article is" if found == 1 else f"{found} different articles are"
+    return f"{read} read, and values exchanged among fewer than {FLOOR_ARTICLES} keep what belongs together"
+
+
+def different_articles(pool: PairPool) -> PairPool:
+    """Return the first pool of every article: one exchanged with itself would keep its values."""
+    ids = [article.id for article in pool.articles]
+    return pool.take(torch.tensor([ids.index(name) for name in dict.fromkeys(ids)]))
 
 
 def random_order_rewards(session: Session, pool: PairPool) -> Float[Tensor, "A R"]:
@@ -140,16 +183,19 @@ def _print(console: Console, result: Headroom, corpus: CorpusConfig, num_searche
         title=f"Headroom on {corpus.kind}{variant}: reward minus that of random picks, nats per value token",
         title_justify="left",
     )
-    for column in ("reader", "mean", "95 % interval", "p"):
+    for column in ("reader", "mean", "95 % interval", "p", "p (Holm)"):
         table.add_column(column, justify="left" if column == "reader" else "right")
     for arm, c in sorted(result.contrasts.items(), key=lambda item: -item[1]["mean"]):
-        table.add_row(arm, f"{c['mean']:+.4f}", _interval(c), f"{c['p']:.4f}")
+        adjusted = f"{c['p_holm']:.4f}" if "p_holm" in c else "–"
+        table.add_row(arm, f"{c['mean']:+.4f}", _interval(c), f"{c['p']:.4f}", adjusted)
     console.print(table)
     lines = [f"random orders of an article differ by {result.random_order_sd:.4f} (standard deviation)"]
     lines += [
-        f"{name} beyond its noise floor ({num_searched} articles, values permuted): {c['mean']:+.4f} [{_interval(c)}]"
+        f"{name} beyond its noise floor ({num_searched} articles, values permuted): {c['mean']:+.4f} [{_interval(c)}], "
+        f"p (Holm) {c['p_holm']:.4f}"
         for name, c in result.above_floor.items()
     ]
+    lines += [] if result.no_floor is None else [f"no noise floor of the searches: {result.no_floor}"]
     lines += [f"steerability of the selection: {result.steerability:.2f} nats", result.verdict]
     console.print(Text("\n".join(lines)))
 

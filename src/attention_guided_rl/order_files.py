@@ -1,7 +1,8 @@
 """Order files: reading orders made by anyone, as a picker of the evaluation.
 
 In: orders.jsonl files, whose lines name an article, the hash of its cut text, and pairs by id (as `agrl rollout --out`
-writes them). Out: for every evaluation article the pool positions to read. What does not fit is refused, not skipped.
+writes them). Out: for every evaluation article the pool positions to read. What does not fit its article is refused;
+lines of articles that are not evaluated are ignored.
 """
 
 import json
@@ -28,6 +29,8 @@ class OrderLine(BaseModel):
     article: str
     hash: str
     pairs: tuple[str, ...]
+    picks: tuple[int, ...] | None = None
+    """The same pairs by their places in the pool; what is read goes by `pairs`."""
 
 
 def match_orders(session: Session, files: Sequence[Path]) -> dict[str, list[Int[Tensor, " S"]]]:
@@ -67,7 +70,8 @@ def read_orders(path: Path) -> list[OrderLine]:
             lines.append(OrderLine.model_validate(json.loads(line)))
         except (json.JSONDecodeError, ValidationError):
             raise CorpusError(
-                f"{path}: line {number} is no order; needed: article, hash and pairs (a list of pair ids)"
+                f"{path}: line {number} is no order; needed: article, hash and pairs (a list of pair ids; picks, if "
+                "given, are a list of places in the pool)"
             ) from None
     return lines
 
@@ -103,9 +107,12 @@ def _fault(line: OrderLine, pair_ids: Sequence[str], num_steps: int) -> str | No
     strangers = [name for name in line.pairs if name not in pair_ids]
     if strangers:
         return (
-            f"pair {strangers[0]!r} is not in this evaluation's pool (another training.seed draws other pairs, and "
-            "probes are never read)"
+            f"pair {strangers[0]!r} is not in this evaluation's pool (with other numbers of pairs or probes, or at "
+            "another place among the articles, other pairs are drawn; probes are never read)"
         )
     if len(line.pairs) != num_steps or len(set(line.pairs)) < num_steps:
         return f"{len(line.pairs)} pairs, {len(set(line.pairs))} of them different; the evaluation reads {num_steps}"
+    places = tuple(pair_ids.index(name) for name in line.pairs)
+    if line.picks is not None and line.picks != places:
+        return f"picks {list(line.picks)} are not its pairs, which lie at {list(places)}; correct or leave out picks"
     return None

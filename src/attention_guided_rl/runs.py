@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 
@@ -32,16 +31,18 @@ from attention_guided_rl.order_files import match_orders
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.report.tables import print_summary
 from attention_guided_rl.report.terminal import print_trajectory
+from attention_guided_rl.run_settings import (
+    MAY_CHANGE_ON_RESUME,
+    differences,
+    flatten,
+    read_settings,
+    require_seeds_of_one_setting,
+)
 from attention_guided_rl.session import PREPARED_ARTICLES, Session
 from attention_guided_rl.storage import run_config, write_text
 from attention_guided_rl.tracking import environment_record, make_console, visible
 from attention_guided_rl.trainer import Trained
 from attention_guided_rl.trainer import train as train_session
-
-MAY_CHANGE_ON_RESUME = (
-    *("training.updates", "training.checkpoint_every", "training.device", "log.", "evaluation.", "network."),
-    *("embedder.max_usd", "embedder.usd_per_million_tokens", "embedder.send_local_text", "embedder.device"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +117,13 @@ def evaluate_seeds(
     """Evaluate runs that differ by their seed, each in its folder, and print one table with seeds nested in articles.
 
     Raises:
-        ConfigError: they do not have the same arms on the same articles.
+        ConfigError: they differ in more than their seed, or do not have the same arms on the same articles.
     """
     if len(folders) == 1:
         return evaluate(folders[0], overrides, order_files=order_files)
+    require_seeds_of_one_setting(
+        [(str(f), {**read_settings(f), "checkpoint": latest_checkpoint(f).name}) for f in folders]
+    )
     for folder in folders:
         evaluate(folder, overrides, order_files=order_files, console=Console(quiet=True))
     summary = summarise_seeds([read_evaluation(folder) for folder in folders])
@@ -251,27 +255,15 @@ def _account(folder: Path) -> str:
 
 def _check_resume(folder: Path, config: Config) -> None:
     """Refuse to go on with a configuration that differs where it must not."""
-    saved = yaml.safe_load(run_config(folder).read_text(encoding="utf-8"))
-    old, new = _flatten(saved), _flatten(config_to_dict(config))
     changed = [
-        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
+        f"{key}: {old!r} → {new!r}"
+        for key, old, new in differences(read_settings(folder), flatten(config_to_dict(config)))
+        if not key.startswith(MAY_CHANGE_ON_RESUME)
     ]
     if changed:
         raise ConfigError(f"--resume: these cannot change within a run: {'; '.join(changed)}")
     if not any((folder / "checkpoints").glob("update-*")):
         raise CheckpointError(f"{folder}: no checkpoint to resume from; start a new run")
-
-
-def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 @contextlib.contextmanager

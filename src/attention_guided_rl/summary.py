@@ -5,7 +5,7 @@ tensor is needed.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +26,10 @@ CONTRASTS: dict[str, dict[str, int]] = {
 }  # fmt: skip
 """Every contrast as signed arms. `agreement`: the text names what was picked (the interaction of picks and text);
 `policy` and `drift`: what a live scorer's reward rose by better queries, and by the scorer itself."""
+PICKERS = frozenset(arm.partition("@")[0].partition("/")[0] for signs in CONTRASTS.values() for arm in signs) | {
+    "oracle"
+}
+"""Whoever picks in an arm of ours; every other picker is a file of orders."""
 GAPS = {"oracle_gap_closed": "oracle", "possible_gap_closed": "planted/possible"}
 
 Values = Mapping[str, Mapping[Any, float]]
@@ -35,13 +39,13 @@ def summarise(records: Sequence[Mapping[str, Any]], *, held_out: bool) -> dict[s
     """Compute the contents of evaluation.json."""
     unit = "article" if len({r["article"] for r in records}) > 1 else "trajectory"
     values = unit_means(records, "reward", "article" if unit == "article" else "index")
-    contrasts = {
-        name: contrast([sum(sign * values[arm][u] for arm, sign in signs.items()) for u in _shared(values, signs)])
-        for name, signs in CONTRASTS.items()
-        if set(signs) <= set(values)
-    }
-    for name, p in holm({name: c["p"] for name, c in contrasts.items()}).items():
-        contrasts[name]["p_holm"] = p
+    contrasts = with_holm(
+        {
+            name: contrast([sum(sign * values[arm][u] for arm, sign in signs.items()) for u in _shared(values, signs)])
+            for name, signs in (CONTRASTS | _contrasts_of_files(values)).items()
+            if set(signs) <= set(values)
+        }
+    )
     choice = contrasts.get("trained/key-untrained/key")
     return {
         "unit": "nats per value token",
@@ -52,9 +56,23 @@ def summarise(records: Sequence[Mapping[str, Any]], *, held_out: bool) -> dict[s
         "seeds": sorted({r["seed"] for r in records}),
         "arms": _arms(records, values),
         "contrasts": contrasts,
-        "choice_gain": None if choice is None else {k: choice[k] for k in ("mean", "low", "high", "p")},
+        "choice_gain": None if choice is None else {k: choice[k] for k in ("mean", "low", "high", "p", "p_holm")},
         **{name: _gap_closed(values, bound) for name, bound in GAPS.items()},
     }
+
+
+def _contrasts_of_files(arms: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Return the contrasts of pickers that are files: their text is not the policy's, so with own-key text."""
+    pickers = dict.fromkeys(arm.partition("/")[0] for arm in arms)
+    found: dict[str, dict[str, int]] = {}
+    for name in pickers:
+        if name.partition("@")[0] not in PICKERS:
+            key = f"{name}/key"
+            found |= {
+                f"trained/key-{key}": {"trained/key": 1, key: -1},
+                f"{key}-random/key": {key: 1, "random/key": -1},
+            }
+    return found
 
 
 def unit_means(records: Sequence[Mapping[str, Any]], field: str, unit: str) -> dict[str, dict[Any, float]]:
@@ -84,6 +102,12 @@ def contrast(paired: Sequence[float]) -> dict[str, Any]:
         "p": sign_flip_p(paired),
         "smallest_detectable": detectable if math.isfinite(detectable) else None,
     }
+
+
+def with_holm(contrasts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add `p_holm` to contrasts that are one family."""
+    adjusted = holm({name: c["p"] for name, c in contrasts.items()})
+    return {name: {**c, "p_holm": adjusted[name]} for name, c in contrasts.items()}
 
 
 def _shared(values: Values, arms: Sequence[str] | Mapping[str, int]) -> list[Any]:
@@ -117,10 +141,11 @@ def area_under(curve: Sequence[float]) -> float:
 
 
 def _gap_closed(values: Values, bound: str) -> float | None:
-    """(trained − untrained) / (bound − untrained), only where the gap's interval is positive."""
+    """(trained − untrained) / (bound − untrained), only where the gap has an interval and that is positive."""
     if not {"trained", "untrained", bound} <= set(values):
         return None
-    gap = bootstrap_mean(differences(values, bound, "untrained"))
-    if gap.low <= 0:
+    gaps = differences(values, bound, "untrained")
+    gap = bootstrap_mean(gaps)
+    if len(gaps) < 2 or gap.low <= 0:
         return None
     return bootstrap_mean(differences(values, "trained", "untrained")).mean / gap.mean

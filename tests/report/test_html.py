@@ -527,6 +527,30 @@ def test_a_phone_never_scrolls_sideways(browser, tmp_path, dark):
     assert browser.run("getComputedStyle(document.body).backgroundColor") == expected
 
 
+CUT = """[...document.querySelectorAll('svg.curve text, svg.efficiency text')].filter(text => {
+    const one = text.getBoundingClientRect(), whole = text.ownerSVGElement.getBoundingClientRect();
+    return one.left < whole.left || one.right > whole.right;
+}).map(text => text.textContent)"""
+
+
+@pytest.mark.parametrize("width", [500, 1200])
+def test_numbers_and_names_of_drawings_are_whole_and_large_enough_to_read(browser, tmp_path, width):
+    folder = make_run(tmp_path / "run")
+    levels = {"loss/kl": 0.00063, "optimizer/gradient_norm": 2.27e-7, "reward/mean": -12345.0}
+    write_lines(folder / "metrics.jsonl", [metric(u, **{k: v * u / 4 for k, v in levels.items()}) for u in range(1, 5)])
+    curves = [{"arm": arm, "probe_curve": [-1e-4, -2e-5]} for arm in ("trained", "article_order", "a" * 60)]
+    for lines, smallest in ((curves[:2], 11), (curves, 9)):
+        write_lines(folder / "evaluation.jsonl", lines)
+        browser.look(width=width)
+        browser.open(write_report(folder))
+        assert browser.run("document.querySelectorAll('svg.curve').length") == 3
+        assert browser.run(CUT) == []
+        assert browser.run("12 * document.querySelector('.efficiency .name').getScreenCTM().a") >= smallest
+    cut_tables = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+    hints = "[...document.querySelectorAll('.sideways')].filter(e => e.offsetHeight).length"
+    assert [browser.run(cut_tables), browser.run(hints)] == ([2, 2] if width == 500 else [0, 0])
+
+
 def test_with_scripts_off_the_essentials_are_seen(browser, tmp_path):
     browser.look(scripts=False)
     browser.open(write_report(make_run(tmp_path / "run")))

@@ -15,6 +15,8 @@ Point = tuple[float, float]
 SMOOTHED_FROM = 60  # points; a shorter curve is drawn as it is
 LEVELS = 5  # of the shading of a token, each way
 LEVEL_NATS = 0.6  # per level; report.js draws with the same
+CHARACTER = 0.75  # of the font's size: mean width of a label's characters at most, whatever font the page falls back to
+LONGEST_NAME = 24  # characters of an arm's name in a drawing
 
 
 def element(name: str, content: str | Markup = "", **attributes: object) -> Markup:
@@ -58,18 +60,27 @@ def smooth(points: Sequence[Point]) -> list[Point]:
     return [(x, sum(window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]
 
 
+def text_width(texts: Sequence[str], size: float) -> int:
+    """Return what the longest of these texts takes at most, in units of the drawing; `size` is that of the font."""
+    return math.ceil(max(map(len, texts), default=0) * size * CHARACTER)
+
+
 def curve(points: Sequence[Point], label: str, span: Point | None = None) -> Markup:
     """Draw a quantity over updates, the value where it ends written beside it; `span` is the range of its axis."""
-    width, height, left, right, top, bottom = 320, 150, 42, 54, 8, 22
+    width, height, top, bottom = 320, 150, 8, 22
     xs, ys = [x for x, _ in points], [y for _, y in points]
     (low, high), x_low, x_span = span or _padded(ys), xs[0], (xs[-1] - xs[0]) or 1
+    strong, levels = smooth(points), ticks(low, high, 3)
+    end = short(strong[-1][1])
+    left = max(42, 6 + text_width([short(tick) for tick in levels], 11))
+    right = max(54, 8 + text_width([end], 11))
 
     def place(x: float, y: float) -> Point:
         across = left + (x - x_low) / x_span * (width - left - right)
         return across, top + (high - y) / (high - low) * (height - top - bottom)
 
     parts = []
-    for tick in ticks(low, high, 3):
+    for tick in levels:
         y = place(x_low, tick)[1]
         parts.append(element("line", x1=left, x2=width - right, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"))
         parts.append(element("text", short(tick), x=left - 5, y=f"{y + 3.5:.1f}", class_="tick end"))
@@ -78,11 +89,10 @@ def curve(points: Sequence[Point], label: str, span: Point | None = None) -> Mar
         parts.append(element("text", short(xs[-1]), x=width - right, y=height - 5, class_="tick end"))
     if len(xs) > SMOOTHED_FROM:
         parts.append(_line([place(x, y) for x, y in points], "line faint"))
-    strong = smooth(points)
     parts.append(_line([place(x, y) for x, y in strong], "line trained"))
     x, y = place(*strong[-1])
     parts.append(element("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3, class_="dot trained"))
-    parts.append(element("text", short(strong[-1][1]), x=f"{x + 7:.1f}", y=f"{y + 4:.1f}", class_="value"))
+    parts.append(element("text", end, x=f"{x + 7:.1f}", y=f"{y + 4:.1f}", class_="value"))
     spoken = (
         f"{label}: {short(ys[0])} at update {xs[0]:.0f}, {short(ys[-1])} at update {xs[-1]:.0f}, "
         f"between {short(min(ys))} and {short(max(ys))}"
@@ -132,9 +142,13 @@ def arm_class(arm: str) -> str:
 
 def efficiency(curves: Mapping[str, Sequence[float]]) -> Markup:
     """Draw what every arm's reader knows after 0, 1, … pairs, each line named at its end."""
-    width, left, right, top, bottom = 640, 46, 190, 10, 34
-    height = max(260, 15 * len(curves) + top + bottom)
     low, high = _padded([y for ys in curves.values() for y in ys])
+    levels = ticks(low, high)
+    names = {arm: f"{_name(arm)}  {short(ys[-1])}" for arm, ys in curves.items()}
+    left = max(46, 6 + text_width([short(tick) for tick in levels], 12))
+    right = 18 + text_width(list(names.values()), 12)
+    top, bottom, width = 10, 34, left + 220 + right
+    height = max(260, 15 * len(curves) + top + bottom)
     steps = max(max(len(ys) for ys in curves.values()) - 1, 1)
 
     def place(x: float, y: float) -> Point:
@@ -142,7 +156,7 @@ def efficiency(curves: Mapping[str, Sequence[float]]) -> Markup:
         return across, top + (high - y) / (high - low) * (height - top - bottom)
 
     parts = []
-    for tick in ticks(low, high):
+    for tick in levels:
         y = place(0, tick)[1]
         parts.append(element("line", x1=left, x2=width - right, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"))
         parts.append(element("text", short(tick), x=left - 5, y=f"{y + 3.5:.1f}", class_="tick end"))
@@ -153,21 +167,25 @@ def efficiency(curves: Mapping[str, Sequence[float]]) -> Markup:
             )
     parts.append(element("text", "pairs read", x=left, y=height - 3, class_="tick"))
     shown = sorted(curves, key=lambda arm: -curves[arm][-1])
-    heights = _spread([place(0, curves[arm][-1])[1] for arm in shown], 14)
+    heights = _spread([place(0, curves[arm][-1])[1] for arm in shown], 15)
     for arm, text_y in sorted(zip(shown, heights, strict=True), key=lambda item: arm_class(item[0]) != "other"):
         points = [place(x, y) for x, y in enumerate(curves[arm])]
         x, y = points[-1]
         parts.append(_line(points, f"line {arm_class(arm)}"))
         parts.append(_line([(x + 3, y), (width - right + 14, text_y)], "leader"))
-        text = f"{arm_label(arm)}  {short(curves[arm][-1])}"
         parts.append(
-            element("text", text, x=width - right + 18, y=f"{text_y + 4:.1f}", class_=f"name {arm_class(arm)}")
+            element("text", names[arm], x=width - right + 18, y=f"{text_y + 4:.1f}", class_=f"name {arm_class(arm)}")
         )
     spoken = "Learning efficiency: " + "; ".join(
         f"{arm_label(arm)} from {short(curves[arm][0])} to {short(curves[arm][-1])}" for arm in shown
     )
     box = f"0 0 {width} {height}"
     return element("svg", _join(parts), viewBox=box, role="img", aria_label=spoken, class_="efficiency")
+
+
+def _name(arm: str) -> str:
+    label = arm_label(arm)
+    return label if len(label) <= LONGEST_NAME else f"{label[: LONGEST_NAME - 1]}…"
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:

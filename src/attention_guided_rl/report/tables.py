@@ -25,7 +25,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         choice = summary["choice_gain"]
         lines.append(
             f"choice gain (text held equal, only the picks differ): {choice['mean']:+.3f} "
-            f"[{choice['low']:+.3f} … {choice['high']:+.3f}]"
+            f"[{choice['low']:+.3f} … {choice['high']:+.3f}], p (Holm) {choice['p_holm']:.4f}"
         )
     for name, bound in GAPS.items():
         if summary.get(name) is not None:
