@@ -58,11 +58,15 @@ class _Bench:
     numbers: Float[Tensor, "A S U"]
     q0: Float[Tensor, "A S Q"] | None
     variant: str
+    all_curves: bool
     rows: dict[str, TrajectoryBatch] = field(default_factory=dict)
 
     def pay(self, arm: str, rows: TrajectoryBatch) -> ArmResult:
+        """Score an arm's rows; probes cost more than all else, so own-key text has its curve only with the battery."""
         self.rows[arm] = rows
-        return ArmResult(arm, self.session.pay_for_evaluation(rows, self.pool, self.q0, prior=self.prior))
+        probes = self.all_curves or not arm.endswith("/key")
+        paid = self.session.pay_for_evaluation(rows, self.pool, self.q0, prior=self.prior, probes=probes)
+        return ArmResult(arm, paid)
 
     def pay_live(self, arm: str) -> ArmResult:
         """Score an arm's rows by the scorer of training, with priors of its own."""
@@ -98,6 +102,7 @@ def run_arms(
             numbers=session.uniforms(Purpose.EVALUATION, 0, indices, 1),
             q0=session.counterfactual_uniforms(Purpose.EVALUATION_COUNTERFACTUAL, 0, indices, 1),
             variant=corpus.variant,
+            all_curves=bool(battery),
         )
         results = [result for name in pickers for result in _run_picker(bench, name)]
         for name, picks in (orders or {}).items():

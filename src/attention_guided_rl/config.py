@@ -498,8 +498,8 @@ class EvaluationConfig:
     oracle: bool = True
     """Also run the greedy search, which scores every unread pair at every step."""
     arms: Literal["standard", "all"] = "standard"
-    """`standard`: every picker with its own and with own-key text; `all`: also the arms that take a gain apart
-    (`agrl evaluate` runs them unless told otherwise)."""
+    """`standard`: every picker with its own and with own-key text; `all`: also the arms that take a gain apart, and
+    the probes' curves of own-key text (`agrl evaluate` does so unless told otherwise)."""
 
     def __post_init__(self) -> None:
         _require(self.articles >= 0, f"evaluation.articles must not be negative, got {self.articles}")

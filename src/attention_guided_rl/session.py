@@ -193,13 +193,15 @@ class Session:
         *,
         prior: Float[Tensor, "A N"] | None = None,
         scorer: Scorer | None = None,
+        probes: bool = True,
     ) -> PaidRows:
-        """Score finished rows with the frozen reference, their pool's probes included, and compute the rewards.
+        """Score finished rows with the frozen reference and compute the rewards.
 
-        `prior` may be given if this scorer computed it before.
+        `prior` may be given if this scorer computed it before. Without `probes` those of the pool are left out unless
+        the reward is of them.
         """
         request = self._request(self.evaluation_reward, rows, pool, counterfactual_uniforms)
-        if pool.probe_value_ids.shape[1]:
+        if probes and pool.probe_value_ids.shape[1]:
             request = with_probes(request, rows, pool)
         return self._pay(scorer or self.reference_scorer, self.evaluation_reward, rows, pool, request, prior)
 
