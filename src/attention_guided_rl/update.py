@@ -69,19 +69,19 @@ def apply_update(
     mine = slice(start, start + rows.num_rows)
     keep = advantages.keep[mine].nonzero()[:, 0].to(rows.ids.device)
     denominator = int(advantages.keep.sum()) * rows.num_steps * rows.layout.query_len
-    reference_hidden = session.reference_hidden(paid, keep).split(session.micro_batch_rows)
     own_advantages = advantages.advantages[mine].to(rows.ids.device)
     sums: dict[str, Tensor] = {}
     optimizer.zero_grad()
     for number, index in enumerate(keep.split(session.micro_batch_rows)):
         if len(index) == 0:
             continue
+        reference_hidden = session.reference_hidden(paid, index)
         torch.manual_seed(_dropout_seed(config.training.seed, update, processes.rank, number))
         with session.model.adapter_dropout():
             batch = UpdateBatch(
                 rows=rows.select(index),
                 advantages=own_advantages[index],
-                reference_hidden=reference_hidden[number],
+                reference_hidden=reference_hidden,
                 num_query_tokens=denominator,
                 selection_logprobs=picked_logprobs(session, rows, pool, index),
                 reward_weights=reward_weights(session, rows, pool, index, advantages.scale),
