@@ -357,7 +357,7 @@ def test_reply_of_just_the_longest_length_is_read(server, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "encoding", "cause"),
     [
-        (gzip.compress(b"A mill grinds.")[:-3], "gzip", "cut off"),
+        (gzip.compress(b"A mill grinds.", mtime=0)[:-3], "gzip", "cut off"),
         (b"A mill grinds.", "gzip", "damaged"),
         (ZEROS, "gzip, gzip", "not asked for"),
         (b"A mill grinds.", "br", "not asked for"),
