@@ -87,8 +87,7 @@ def gradients_of_a_batch(session: Session, batch: int, states: dict[str, AgentSt
     inputs = reward_inputs(rows, scores, pool, prior)
     rewards = {name: reward(inputs).rewards for name, reward in REWARDS.items()}
     rewards["expected"] = expected_rewards(REWARDS["value_prior"], inputs, scores, candidates, rows).rewards
-    with torch.no_grad(), session.model.reference():
-        distribution = session.model.policy_logprobs(scores.query_hidden, config.rollout.temperature)
+    distribution = session.model.reference_logprobs(scores.query_hidden, config.rollout.temperature)
     ids, _ = rows.query_slots()
     k1 = rows.sampled_logprobs - distribution.gather(-1, ids.flatten(1)[..., None]).view(ids.shape)
 

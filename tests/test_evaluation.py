@@ -17,7 +17,7 @@ from attention_guided_rl.config import Config
 from attention_guided_rl.config_files import config_to_yaml, load_config
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.errors import ConfigError, CorpusError
-from attention_guided_rl.evaluation import evaluation_records, scoring_identity
+from attention_guided_rl.evaluation import _warn_of_other_articles, evaluation_records, scoring_identity
 from attention_guided_rl.headroom import (
     Headroom,
     different_articles,
@@ -813,3 +813,10 @@ def test_an_evaluation_that_reads_other_text_than_the_one_before_says_so(make_co
     runs.evaluate(tmp_path / "run", {"evaluation.arms": "standard"})
     assert "1 of 1 articles or their texts are not those of the evaluation before" in caplog.text
     assert "network.cache" in caplog.text
+
+
+@pytest.mark.parametrize("left", ['{"index": 0, "reward": 1.0}\n', '{"index": 0, "pool"', "[]\n", "1\n"])
+def test_an_evaluation_replaces_one_that_cannot_be_compared_with(tmp_path, caplog, left):
+    (tmp_path / "evaluation.jsonl").write_text(left, encoding="utf-8")
+    _warn_of_other_articles(tmp_path / "evaluation.jsonl", [{"index": 0, "pool": "a"}])
+    assert caplog.text == ""

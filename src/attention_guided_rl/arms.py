@@ -59,6 +59,7 @@ class _Bench:
     q0: Float[Tensor, "A S Q"] | None
     variant: str
     all_curves: bool
+    key_text_only: bool
     rows: dict[str, TrajectoryBatch] = field(default_factory=dict)
 
     def pay(self, arm: str, rows: TrajectoryBatch) -> ArmResult:
@@ -82,11 +83,12 @@ def run_arms(
     battery: Sequence[str] = (),
     orders: Mapping[str, Sequence[Int[Tensor, " S"]]] | None = None,
     corpus: CorpusConfig | None = None,
+    key_text_only: bool = False,
 ) -> Iterator[EvaluationBatch]:
     """Run arms on `evaluation.articles` articles, a batch at a time: each picker's own text, and own-key text.
 
     `planted` is left out where the corpus has no subjects, and an arm of the battery where its picker did not run.
-    `orders`: further pickers by name, each with the picks of every article.
+    `orders`: further pickers by name, each with the picks of every article. `key_text_only`: without their own text.
     """
     evaluation = session.config.evaluation
     corpus = corpus or evaluation.corpus or session.config.corpus
@@ -103,6 +105,7 @@ def run_arms(
             q0=session.counterfactual_uniforms(Purpose.EVALUATION_COUNTERFACTUAL, 0, indices, 1),
             variant=corpus.variant,
             all_curves=bool(battery),
+            key_text_only=key_text_only,
         )
         results = [result for name in pickers for result in _run_picker(bench, name)]
         for name, picks in (orders or {}).items():
@@ -127,8 +130,8 @@ def _run_picker(bench: _Bench, name: str) -> list[ArmResult]:
 
 
 def _with_key(bench: _Bench, name: str, rows: TrajectoryBatch) -> list[ArmResult]:
-    key_rows = with_key_text(bench.session, rows, bench.pool)
-    return [bench.pay(name, rows), bench.pay(f"{name}/key", key_rows)]
+    own = [] if bench.key_text_only else [bench.pay(name, rows)]
+    return [*own, bench.pay(f"{name}/key", with_key_text(bench.session, rows, bench.pool))]
 
 
 def _rewritten(bench: _Bench, picks: Int[Tensor, "A S"], *, trained: bool) -> TrajectoryBatch:

@@ -17,19 +17,8 @@ from attention_guided_rl.run_settings import SCORING, differences, read_settings
 from attention_guided_rl.summary import contrast, summarise, unit_means, with_holm
 
 NEEDED = (
-    *(
-        "arm",
-        "article",
-        "pool",
-        "index",
-        "seed",
-        "update",
-        "reward_kind",
-        "scoring",
-        "reward",
-        "subjects",
-        "probe_curve",
-    ),
+    *("arm", "article", "pool", "index", "seed", "update", "reward_kind", "scoring", "reward", "subjects"),
+    "probe_curve",
 )
 
 

@@ -66,9 +66,10 @@ def evaluate_run(
 
 def _warn_of_other_articles(earlier: Path, records: list[dict[str, Any]]) -> None:
     """Say so if the evaluation that these records replace read other articles, or other text of the same."""
-    if not earlier.exists():
+    try:
+        before = {r["index"]: r["pool"] for r in map(json.loads, earlier.read_text(encoding="utf-8").splitlines())}
+    except (OSError, ValueError, KeyError, TypeError):  # none, damaged, or of a version that wrote less: it goes anyway
         return
-    before = {r["index"]: r["pool"] for r in map(json.loads, earlier.read_text(encoding="utf-8").splitlines())}
     now = {r["index"]: r["pool"] for r in records}
     changed = [index for index in now.keys() & before.keys() if now[index] != before[index]]
     if changed:

@@ -99,9 +99,9 @@ def measure_headroom(session: Session) -> Headroom:
         raise ConfigError("evaluation.articles must be at least 1 to measure headroom")
     corpus: CorpusConfig = config.evaluation.corpus or config.corpus
     records: list[dict[str, Any]] = []
-    for batch in run_arms(session, PICKERS, corpus=corpus):
+    for batch in run_arms(session, PICKERS, corpus=corpus, key_text_only=True):
         records += evaluation_records(session, batch, update=0)
-    arms = [arm for arm in dict.fromkeys(r["arm"] for r in records) if arm.endswith("/key")]
+    arms = dict.fromkeys(r["arm"] for r in records)
     contrasts = {arm: unit_contrast(records, arm, "random/key") for arm in arms if arm != "random/key"}
     family = with_holm({arm: c for arm, c in contrasts.items() if arm not in NO_ORDERS})
     stream = session.stream(corpus, num_probes=config.evaluation.num_probes, purpose=Purpose.EVALUATION_POOL)
