@@ -91,7 +91,7 @@ def saved(make_model, tmp_path_factory) -> Path:
     model = make_model("llama")
     for update in (1, 2):
         optimizer = trained(model, seed=update)
-        save_checkpoint(run, replace(STATE, update=update), model, optimizer, LOGS, README)
+        save_checkpoint(run, replace(STATE, update=update), model, optimizer, LOGS, README, config="seed: 0\n")
     return run
 
 
@@ -159,7 +159,7 @@ def test_a_fully_trained_model_loads_with_transformers_alone(make_model, shaken,
 
 def test_nothing_in_a_checkpoint_is_a_pickle(saved):
     suffixes = {path.suffix for path in checkpoint_path(saved, 2).rglob("*") if path.is_file()}
-    assert suffixes == {".json", ".safetensors", ".md"}
+    assert suffixes == {".json", ".safetensors", ".md", ".yaml"}
 
 
 # -- which one is used -------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_every_flipped_bit_of_the_manifest_is_noticed(run):
         lambda m: m.pop("log_bytes"),
         lambda m: m.update(log_bytes=[]),
         lambda m: m.update(sha256=[]),
-        lambda m: m.update(schema=2),
+        lambda m: m.update(schema=3),
         lambda m: m["sha256"].update({"../outside": "0" * 64}),
     ],
     ids=["log length", "log missing", "logs missing", "logs a list", "files a list", "schema", "outside"],

@@ -17,10 +17,10 @@ LAYERS = [
     layer.split()
     for layer in """
     errors records randomness selection statistics secrets memory caching folding data.wikitext data.plain_text report
-        report.figures report.log_lines report.verdict report.audit
+        report.log_lines report.verdict report.audit
     config model distributed reward storage tables data.corpus data.text_files report.trajectories report.tables summary
     config_files rl_agent environment template loading tracking network data.hygiene data.encyclopedia
-        data.article_cache report.drawing report.run_files run_settings
+        data.article_cache report.drawing report.run_files report.figures run_settings fingerprints
     branching ema data.hub_dataset data.multistream data.mediawiki_reply report.html compare
     objective data.mediawiki data.dump_xml
     data.files data.dump data.hub data.wikipedia data.pairs embedders.cache

@@ -3,19 +3,20 @@
 A checkpoint is staged in a hidden folder; a manifest with the SHA-256 of every file and the length of every log is
 written last; everything is fsynced; a rename is the commit point. Random numbers need no saving: they are counters.
 
-    checkpoints/update-000050/{adapter/ | model/, optimizer.safetensors, state.json, manifest.json}
+    checkpoints/update-000050/{adapter/ | model/, optimizer.safetensors, state.json, config.yaml, manifest.json}
 
 and ema.safetensors where the scorer is a moving average.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ from attention_guided_rl.ema import EmaWeights
 from attention_guided_rl.errors import CheckpointError, StorageError
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.rl_agent import AgentState, RunningMoments
+from attention_guided_rl.storage import io_step, remove_folder, rename, sync
 
 logger = logging.getLogger(__name__)
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,33 +69,59 @@ def save_checkpoint(
     log_lengths: Mapping[str, int],
     readme: str,
     ema: EmaWeights | None = None,
+    *,
+    config: str = "",
+    fingerprints: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write a checkpoint and return its folder.
+
+    `config`: the text of config.yaml; `fingerprints`: of what is not in the checkpoint, by name.
 
     Raises:
         StorageError: the disk refused; the checkpoints before it are untouched.
     """
     final = checkpoint_path(run, state.update)
     staged = final.parent / f".staged-{final.name}"
-    try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        weights = staged / ("model" if model.peft_model is None else "adapter")
-        model.save(str(weights))
-        (weights / "README.md").write_text(readme, encoding="utf-8")
-        save_file(_moments(model, optimizer), staged / "optimizer.safetensors")
-        if ema is not None:
-            save_file(ema.state(), staged / "ema.safetensors")
-        (staged / "state.json").write_text(json.dumps(asdict(state), indent=1, allow_nan=False), encoding="utf-8")
-        _write_manifest(staged, log_lengths)
-        if final.exists():  # the same update written again, say after a resume
-            shutil.rmtree(final)
-        os.rename(staged, final)
-        _fsync(final.parent)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own class
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"{final}: cannot write the checkpoint: {reason}") from error
+    with _storage_errors(final):
+        try:
+            remove_folder(staged)
+            io_step(f"stage {final.name}")
+            staged.mkdir(parents=True)
+            weights = staged / ("model" if model.peft_model is None else "adapter")
+            io_step("write weights")
+            model.save(str(weights))
+            (weights / "README.md").write_text(readme, encoding="utf-8")
+            (staged / "config.yaml").write_text(config, encoding="utf-8")
+            io_step("write optimizer.safetensors")
+            save_file(_moments(model, optimizer), staged / "optimizer.safetensors")
+            if ema is not None:
+                io_step("write ema.safetensors")
+                save_file(ema.state(), staged / "ema.safetensors")
+            io_step("write state.json")
+            (staged / "state.json").write_text(json.dumps(asdict(state), indent=1, allow_nan=False), encoding="utf-8")
+            _write_manifest(staged, log_lengths, fingerprints)
+        except (OSError, SafetensorError):
+            shutil.rmtree(staged, ignore_errors=True)  # a full disk needs the room
+            raise
+        rename(staged, final)
     return final
+
+
+def remove_old_checkpoints(run: Path, keep: int, spared: int | None) -> None:
+    """Remove all but the newest `keep` that verify, those newer than them, and the one of update `spared`.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    good = 0
+    for path in _found(run):
+        if good < keep:
+            with contextlib.suppress(CheckpointError):
+                verify(path)
+                good += 1
+        elif spared is None or path != checkpoint_path(run, spared):
+            with _storage_errors(path):
+                remove_folder(path)
 
 
 def latest_checkpoint(run: Path) -> Path:
@@ -102,8 +130,7 @@ def latest_checkpoint(run: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    found = sorted((run / "checkpoints").glob("update-*"), key=lambda p: (len(p.name), p.name), reverse=True)
-    problems = []
+    found, problems = _found(run), []
     for path in found:
         try:
             verify(path)
@@ -112,8 +139,22 @@ def latest_checkpoint(run: Path) -> Path:
             continue
         for problem in problems:
             logger.warning("damaged checkpoint stepped over: %s", problem)
+        if problems:
+            lost = _update_of(found[0]) - _update_of(path)
+            logger.warning("going back to %s: %d updates are lost and will be done again", path.name, lost)
         return path
     raise CheckpointError(f"{run}: no usable checkpoint" + (f" ({'; '.join(problems)})" if problems else ""))
+
+
+def check_fingerprints(path: Path, now: Mapping[str, str]) -> None:
+    """Compare what a verified checkpoint was made with, by name, with what there is now.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    for name, then in verify(path)["fingerprints"].items():
+        if now.get(name, then) != then:
+            raise CheckpointError(f"{path}: {name} is not the one that the checkpoint was made with")
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -131,8 +172,9 @@ def verify(path: Path) -> dict[str, Any]:
         schema = manifest["schema"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: manifest.json is missing or damaged") from None
-    if schema != SCHEMA:
-        raise CheckpointError(f"{path}: written with schema {schema}, this version reads {SCHEMA}")
+    if schema not in (1, SCHEMA):  # the first had no fingerprints
+        raise CheckpointError(f"{path}: written with schema {schema}, this version reads 1 to {SCHEMA}")
+    manifest.setdefault("fingerprints", {})
     present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {"manifest.json"}
     for name in sorted(present ^ set(listed)):
         raise CheckpointError(f"{path}: {name} is {'not in the manifest' if name in present else 'missing'}")
@@ -170,6 +212,25 @@ def load_weights(path: Path, model: LanguageModel) -> None:
         raise CheckpointError(f"{folder}: does not fit the model: {first_line}") from None
 
 
+def _found(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, newest first, whatever their state."""
+    return sorted((run / "checkpoints").glob("update-*"), key=_update_of, reverse=True)
+
+
+def _update_of(path: Path) -> int:
+    number = path.name.removeprefix("update-")
+    return int(number) if number.isdecimal() else -1
+
+
+@contextlib.contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own class
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{path}: cannot write the checkpoint: {reason}") from error
+
+
 def _read_state(path: Path) -> RunState:
     data = json.loads((path / "state.json").read_text(encoding="utf-8"))
     agent = data.pop("agent")
@@ -200,18 +261,20 @@ def _restore_moments(model: LanguageModel, optimizer: torch.optim.Optimizer, fla
             optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
 
-def _write_manifest(staged: Path, log_lengths: Mapping[str, int]) -> None:
+def _write_manifest(staged: Path, log_lengths: Mapping[str, int], fingerprints: Mapping[str, str]) -> None:
     files = sorted(p for p in staged.rglob("*") if p.is_file())
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "sha256": {str(p.relative_to(staged)): _sha256(p) for p in files},
         "log_bytes": dict(log_lengths),
+        "fingerprints": dict(fingerprints),
     }
     path = staged / "manifest.json"
     manifest["manifest_sha256"] = _manifest_digest(manifest)
+    io_step("write manifest.json")
     path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for target in [*files, path, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
-        _fsync(target)
+        sync(target)
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:
@@ -222,11 +285,3 @@ def _manifest_digest(manifest: Mapping[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -453,6 +453,8 @@ class TrainingConfig:
     """
     checkpoint_every: int = 50
     """Updates between checkpoints; one is always written at the end."""
+    keep_checkpoints: int | None = 3
+    """Newest checkpoints to keep, at least 2, and the last without an alarm; None: all."""
     shuffled_rewards: bool = False
     """Control: permute the rewards among the trajectories of a group, so that there is nothing to learn."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -466,6 +468,10 @@ class TrainingConfig:
             f"training.micro_batch_rows must be at least 1, got {self.micro_batch_rows}",
         )
         _require(self.checkpoint_every >= 1, f"training.checkpoint_every must be at least 1: {self.checkpoint_every}")
+        _require(
+            self.keep_checkpoints is None or self.keep_checkpoints >= 2,
+            f"training.keep_checkpoints must be at least 2 (one may be damaged), got {self.keep_checkpoints}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from attention_guided_rl.errors import ConfigError
 from attention_guided_rl.storage import run_config
 
 _CHANGES_NO_TRAINING = (
-    *("training.checkpoint_every", "training.device", "log.", "evaluation.", "network."),
+    *("training.checkpoint_every", "training.keep_checkpoints", "training.device", "log.", "evaluation.", "network."),
     *("embedder.max_usd", "embedder.usd_per_million_tokens", "embedder.send_local_text", "embedder.device"),
 )
 MAY_CHANGE_ON_RESUME = ("training.updates", *_CHANGES_NO_TRAINING)

@@ -7,6 +7,7 @@ the model and the corpora have been shown to work.
 
 import contextlib
 import json
+import os
 import re
 import uuid
 import warnings
@@ -39,7 +40,7 @@ from attention_guided_rl.run_settings import (
     require_seeds_of_one_setting,
 )
 from attention_guided_rl.session import PREPARED_ARTICLES, Session
-from attention_guided_rl.storage import run_config, write_text
+from attention_guided_rl.storage import io_step, remove_folder, run_config, sync, write_text
 from attention_guided_rl.tracking import environment_record, make_console, visible
 from attention_guided_rl.trainer import Trained
 from attention_guided_rl.trainer import train as train_session
@@ -64,21 +65,21 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
     folder = processes.broadcast(folder)  # a default name has the time of one clock
     if not resume and folder.exists():
         raise RunInUseError(f"{folder} exists; choose another name with --run, or add --resume to go on with it")
-    if resume:
-        _check_resume(folder, config)
+    has_checkpoint = resume and _check_resume(folder, config)
     console = make_console()
     account = processes.broadcast(_account(folder) if resume else uuid.uuid4().hex)
     session = Session(config, processes, account=account, goes_on=resume)
-    if not resume:
+    if not has_checkpoint:
         with processes.meeting(), processes.main_first():
             _prepare(session, console if processes.is_main else Console(quiet=True))
+    if not resume:
         if processes.is_main:
             _create(folder, session)
         processes.wait()
     with _lock(folder) if processes.is_main else contextlib.nullcontext():
         if resume and processes.is_main:
             write_text(folder / "config.yaml", config_to_yaml(config))  # what may change, say the number of updates
-        trained = train_session(session, folder, resume=resume)
+        trained = train_session(session, folder, resume=has_checkpoint)
         num_cut = _num_cut_texts(session)
         num_cut_elsewhere = sum(processes.gather_objects([num_cut])) - num_cut
         summary = None
@@ -190,7 +191,7 @@ def run_folder(name: str | None, preset: str | None, root: Path) -> Path:
 
 def newest_run(root: Path) -> Path:
     """Return the run folder whose config.yaml is newest."""
-    found = sorted(root.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    found = sorted(root.glob("[!.]*/config.yaml"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ConfigError(f"--resume: there is no run in {root}/")
     return found[-1].parent
@@ -235,14 +236,21 @@ def _prepare(session: Session, console: Console) -> None:
 
 
 def _create(folder: Path, session: Session) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot create the run folder: {error.strerror}") from error
-    write_text(folder / "config.yaml", config_to_yaml(session.config))
+    """Make the run folder: with all that a resume needs, or not at all."""
+    staged = folder.with_name(f".staged-{folder.name}")
     environment = {**environment_record(), "account": session.network.account}
-    write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
-    write_text(folder / "prompt.txt", session.template.prompt_text)
+    try:
+        remove_folder(staged)
+        write_text(staged / "config.yaml", config_to_yaml(session.config))
+        write_text(staged / "environment.json", json.dumps(environment, indent=1) + "\n")
+        write_text(staged / "prompt.txt", session.template.prompt_text)
+        io_step(f"rename {folder.name}")
+        os.rename(staged, folder)
+        sync(folder.parent)
+    except OSError as error:
+        if folder.exists():
+            raise RunInUseError(f"{folder} exists: another process has just made it") from error
+        raise StorageError(f"{folder}: cannot create the run folder: {error.strerror}") from error
 
 
 def _account(folder: Path) -> str:
@@ -253,17 +261,25 @@ def _account(folder: Path) -> str:
         return ""
 
 
-def _check_resume(folder: Path, config: Config) -> None:
-    """Refuse to go on with a configuration that differs where it must not."""
+def _check_resume(folder: Path, config: Config) -> bool:
+    """Refuse to go on with a configuration that differs where it must not; return whether there is a checkpoint.
+
+    A run that was killed before its first checkpoint has done nothing yet and begins at the beginning.
+    """
+    if any((folder / "checkpoints").glob("update-*")):
+        then = latest_checkpoint(folder)
+    elif any(path.stat().st_size for path in folder.glob("*.jsonl")):
+        raise CheckpointError(f"{folder}: its checkpoints are gone; start a new run")
+    else:
+        then = folder
     changed = [
         f"{key}: {old!r} → {new!r}"
-        for key, old, new in differences(read_settings(folder), flatten(config_to_dict(config)))
+        for key, old, new in differences(read_settings(then), flatten(config_to_dict(config)))
         if not key.startswith(MAY_CHANGE_ON_RESUME)
     ]
     if changed:
         raise ConfigError(f"--resume: these cannot change within a run: {'; '.join(changed)}")
-    if not any((folder / "checkpoints").glob("update-*")):
-        raise CheckpointError(f"{folder}: no checkpoint to resume from; start a new run")
+    return then != folder
 
 
 @contextlib.contextmanager

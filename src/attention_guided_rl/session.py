@@ -25,6 +25,7 @@ from attention_guided_rl.environment import (
     picked_logprobs,
     sampled_pick,
 )
+from attention_guided_rl.fingerprints import fingerprints
 from attention_guided_rl.loading import load_model
 from attention_guided_rl.memory import rows_at_once
 from attention_guided_rl.model import LanguageModel
@@ -111,6 +112,7 @@ class Session:
         self.model: LanguageModel = load_model(
             config.model, processes.device, seed=config.training.seed, offline=config.network.offline
         )
+        self.fingerprints = fingerprints(self.model)
         self.template: Template = build_template(self.model.tokenizer, config.template)
         self.num_pairs, self.num_steps = resolve_sizes(
             config, self.template, self.model.encode, self.corpus, self._context

@@ -1,9 +1,24 @@
-"""Storage: files that are whole or not there, and what makes a folder a run."""
+"""Storage: files that are whole or not there, durable when the call returns, and what makes a folder a run.
+
+Every step that a killed process could leave half done is announced to `io_step` before it is made. Nobody listens but
+the tests, which kill the process, fill the disk or send a signal at each of them.
+"""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from attention_guided_rl.errors import ConfigError, StorageError
+
+listener: Callable[[str], None] | None = None
+"""Told the name of each step before it is made."""
+
+
+def io_step(name: str) -> None:
+    """Announce a step that changes what is on the disk."""
+    if listener is not None:
+        listener(name)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -12,16 +27,65 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: the disk refuses.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as `write_text` does."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            io_step(f"write {path.name}")
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                io_step(f"sync {path.name}")
+                os.fsync(file.fileno())
+            io_step(f"rename {path.name}")
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: cannot write: {error.strerror or error}") from error
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or which files a folder holds."""
+    io_step(f"sync {path.name}")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a file or folder its name and wait until the disk has it; a folder of that name is replaced."""
+    aside = new.with_name(f".removed-{new.name}")
+    if new.exists():
+        remove_folder(aside)
+        io_step(f"set aside {new.name}")
+        os.rename(new, aside)
+    io_step(f"rename {new.name}")
+    os.rename(old, new)
+    sync(new.parent)
+    remove_folder(aside)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that may be there. Its name goes first: what a killed process leaves is hidden."""
+    if not folder.exists():
+        return
+    hidden = folder if folder.name.startswith(".") else folder.with_name(f".removed-{folder.name}")
+    if hidden != folder:
+        remove_folder(hidden)
+        io_step(f"set aside {folder.name}")
+        os.rename(folder, hidden)
+    io_step(f"remove {hidden.name}")
+    shutil.rmtree(hidden)
 
 
 def run_config(folder: Path) -> Path:

@@ -1,9 +1,11 @@
 """Tracking: the files of a run and what is seen on the terminal.
 
-`metrics.jsonl` (one strict-JSON object per update, names in docs/metrics.md), `trajectories.jsonl` and `pairs.jsonl`
-are append-only; a checkpoint records their lengths, and a resume cuts them back to it. Only the main process writes.
+`metrics.jsonl` (one strict-JSON object per update, names in docs/metrics.md), `trajectories.jsonl`, `pairs.jsonl` and
+`ATTRIBUTION.md` (where a text has a source to name) are append-only; a checkpoint records their lengths, and a resume
+cuts them back to it. Only the main process writes.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -25,8 +27,10 @@ from attention_guided_rl.config import LogConfig
 from attention_guided_rl.errors import CheckpointError, ConfigError, StorageError
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.records import Article, PairPool, Rewards, Scores, TrajectoryBatch
+from attention_guided_rl.storage import io_step, sync
 
 LOGS = ("metrics.jsonl", "trajectories.jsonl", "pairs.jsonl")
+ATTRIBUTION = "ATTRIBUTION.md"
 _DIGITS = 6  # decimals of logged float32 numbers
 
 
@@ -34,25 +38,33 @@ class RunLogs:
     """The append-only logs of a run folder."""
 
     def __init__(self, run: Path, config: LogConfig, lengths: Mapping[str, int] | None = None) -> None:
-        """Open the logs; with `lengths`, cut them back to a checkpoint first."""
-        self._files: dict[str, TextIO]
+        """Open the logs; with `lengths`, cut them back to a checkpoint first.
+
+        Raises:
+            CheckpointError: they are not what they were when the checkpoint was written.
+            StorageError: the disk refuses.
+        """
+        self._attribution, pairs = run / ATTRIBUTION, run / "pairs.jsonl"
+        self._files: dict[str, TextIO] = {}
+        self._tensorboard: Any = None
         try:
+            for name, length in (lengths or {}).items():
+                _cut_back(run / name, length)
             for name in LOGS:
-                path = run / name
-                path.touch()
-                if lengths is not None:
-                    if path.stat().st_size < lengths[name]:
-                        raise CheckpointError(f"{path}: shorter than when the checkpoint was written; it was changed")
-                    os.truncate(path, lengths[name])
-            self._files = {name: (run / name).open("a", encoding="utf-8") for name in LOGS}
-            with (run / "pairs.jsonl").open(encoding="utf-8") as file:
+                io_step(f"open {name}")
+                self._files[name] = (run / name).open("a", encoding="utf-8")
+            with pairs.open(encoding="utf-8") as file:
                 self._written_pairs = {json.loads(line)["pair"] for line in file}
-            self._attribution = run / "ATTRIBUTION.md"
             known = self._attribution.read_text(encoding="utf-8") if self._attribution.exists() else ""
             self._attributed = set(known.splitlines())
         except OSError as error:
+            self.close()
             raise StorageError(f"{run}: cannot write the logs: {error.strerror}") from error
-        self._tensorboard = _tensorboard_writer(run) if config.tensorboard else None
+        except (ValueError, KeyError, TypeError):
+            self.close()
+            raise CheckpointError(f"{pairs}: damaged: not a pair in every line") from None
+        if config.tensorboard:
+            self._tensorboard = _tensorboard_writer(run)
 
     def __enter__(self) -> "RunLogs":
         return self
@@ -63,6 +75,7 @@ class RunLogs:
     def write(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Append one JSON line per record."""
         try:
+            io_step(f"append {name}")
             for record in records:
                 self._files[name].write(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n")
             self._files[name].flush()
@@ -99,6 +112,7 @@ class RunLogs:
             self._attributed.clear()
         self._attributed.update(fresh)
         try:
+            io_step(f"append {ATTRIBUTION}")
             with self._attribution.open("a", encoding="utf-8") as file:
                 if file.tell() == 0:
                     file.write("# Sources of the text in this run\n\nCleaned of markup and cut into passages.\n\n")
@@ -107,18 +121,41 @@ class RunLogs:
             raise StorageError(f"{self._attribution}: {error.strerror}") from error
 
     def sync(self) -> dict[str, int]:
-        """Make everything written durable and return the lengths of the logs in bytes."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+        """Make everything written durable and return the lengths of the logs in bytes.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        run = self._attribution.parent
+        try:
+            for file in self._files.values():
+                file.flush()
+            paths = [run / name for name in (*LOGS, ATTRIBUTION) if (run / name).exists()]
+            for path in [*paths, run]:
+                sync(path)
+            return {path.name: path.stat().st_size for path in paths}
+        except OSError as error:
+            raise StorageError(f"{run}: cannot write the logs: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take has been reported
+                file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def _cut_back(path: Path, length: int) -> None:
+    """Shorten a log to what it was at a checkpoint.
+
+    Raises:
+        CheckpointError: it is shorter already.
+    """
+    if not path.is_file() or path.stat().st_size < length:
+        raise CheckpointError(f"{path}: shorter than when the checkpoint was written; it was changed")
+    io_step(f"cut back {path.name}")
+    os.truncate(path, length)
 
 
 def trajectory_records(

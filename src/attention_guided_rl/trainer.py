@@ -20,12 +20,15 @@ from torch import Tensor
 
 from attention_guided_rl.checkpoint import (
     RunState,
+    check_fingerprints,
     checkpoint_path,
     latest_checkpoint,
     load_checkpoint,
+    remove_old_checkpoints,
     save_checkpoint,
     verify,
 )
+from attention_guided_rl.config_files import config_to_yaml
 from attention_guided_rl.data.pairs import PoolStream
 from attention_guided_rl.diagnostics import AlarmBell, raise_alarms, row_metrics
 from attention_guided_rl.errors import CheckpointError, NumericError
@@ -229,7 +232,12 @@ def save(session: Session, run: Path, state: RunState, optimizer: torch.optim.Op
             "- loads with `peft.PeftModel.from_pretrained` (adapter/) or `from_pretrained` (model/)\n"
             "- the licences of base model and corpus apply\n"
         )
-        save_checkpoint(run, state, session.model, optimizer, logs.sync(), readme, session.ema)
+        save_checkpoint(
+            run, state, session.model, optimizer, logs.sync(), readme, session.ema,
+            config=config_to_yaml(config), fingerprints=session.fingerprints,
+        )  # fmt: skip
+        if config.training.keep_checkpoints is not None:
+            remove_old_checkpoints(run, config.training.keep_checkpoints, state.last_good)
     session.processes.wait()
     return checkpoint_path(run, state.update)
 
@@ -241,6 +249,7 @@ def _start(
     main = session.processes.is_main
     if resume:
         path = latest_checkpoint(run)
+        check_fingerprints(path, session.fingerprints)
         lengths = verify(path)["log_bytes"]
         state = load_checkpoint(path, session.model, optimizer, session.ema)
         session.temperature = state.temperature

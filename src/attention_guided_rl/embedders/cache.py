@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import Float32
 
 from attention_guided_rl.errors import ConfigError, SpendError, StorageError
+from attention_guided_rl.storage import io_step
 
 SCHEMA = 1
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process's write
@@ -161,6 +162,7 @@ class VectorStore:
                 if self._db.in_transaction:  # after some errors SQLite has gone back by itself
                     self._db.execute("ROLLBACK")
                 raise
+            io_step("commit vectors" if durable else "commit claims")
             self._db.execute("COMMIT")
 
     @contextlib.contextmanager

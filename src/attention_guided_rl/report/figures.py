@@ -1,11 +1,14 @@
 """Figures of a run: the training curve and the arms of the evaluation, as one PNG."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from attention_guided_rl.storage import write_bytes
 
 
 def plot_run(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], path: Path) -> None:
@@ -15,8 +18,9 @@ def plot_run(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], p
     curve, arms = figure.subplots(1, 2, width_ratios=[1, 1.15])
     _plot_curve(curve, metrics)
     _plot_arms(arms, summary["arms"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130)
+    write_bytes(path, picture.getvalue())
 
 
 def _plot_curve(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
