@@ -107,12 +107,14 @@ def save_checkpoint(
     return final
 
 
-def remove_old_checkpoints(run: Path, keep: int, spared: int | None) -> None:
+def remove_old_checkpoints(run: Path, keep: int | None, spared: int | None) -> None:
     """Remove all but the newest `keep` that verify, those newer than them, and the one of update `spared`.
 
     Raises:
         StorageError: the disk refused.
     """
+    if keep is None:
+        return
     good = 0
     for path in _found(run):
         if good < keep:

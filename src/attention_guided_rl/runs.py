@@ -40,7 +40,7 @@ from attention_guided_rl.run_settings import (
     require_seeds_of_one_setting,
 )
 from attention_guided_rl.session import PREPARED_ARTICLES, Session
-from attention_guided_rl.storage import io_step, remove_folder, run_config, sync, write_text
+from attention_guided_rl.storage import io_step, remove_folder, remove_leftovers, run_config, sync, write_text
 from attention_guided_rl.tracking import environment_record, make_console, visible
 from attention_guided_rl.trainer import Trained
 from attention_guided_rl.trainer import train as train_session
@@ -78,6 +78,7 @@ def train(config: Config, folder: Path, *, resume: bool = False) -> RunResult:
         processes.wait()
     with _lock(folder) if processes.is_main else contextlib.nullcontext():
         if resume and processes.is_main:
+            remove_leftovers(folder)
             write_text(folder / "config.yaml", config_to_yaml(config))  # what may change, say the number of updates
         trained = train_session(session, folder, resume=has_checkpoint)
         num_cut = _num_cut_texts(session)

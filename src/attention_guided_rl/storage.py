@@ -88,6 +88,23 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half done in a folder that nobody else is working in.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    try:
+        for path in [*folder.rglob(".*.tmp"), *folder.rglob(".staged-*"), *folder.rglob(".removed-*")]:
+            io_step(f"remove {path.name}")
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot remove what is half done: {error.strerror}") from error
+
+
 def run_config(folder: Path) -> Path:
     """Return the path of a run's config.yaml.
 

@@ -236,8 +236,7 @@ def save(session: Session, run: Path, state: RunState, optimizer: torch.optim.Op
             run, state, session.model, optimizer, logs.sync(), readme, session.ema,
             config=config_to_yaml(config), fingerprints=session.fingerprints,
         )  # fmt: skip
-        if config.training.keep_checkpoints is not None:
-            remove_old_checkpoints(run, config.training.keep_checkpoints, state.last_good)
+        remove_old_checkpoints(run, config.training.keep_checkpoints, state.last_good)
     session.processes.wait()
     return checkpoint_path(run, state.update)
 
@@ -256,7 +255,10 @@ def _start(
         if state.embedder != session.embedder.identity:
             raise CheckpointError(f"{path}: made with embedder {state.embedder}, this is {session.embedder.identity}")
         stream.resume(state.position)
-        return state, RunLogs(run, session.config.log, lengths) if main else None
+        if not main:
+            return state, None
+        remove_old_checkpoints(run, session.config.training.keep_checkpoints, state.last_good)
+        return state, RunLogs(run, session.config.log, lengths)
     assert session.temperature is not None
     state = RunState(temperature=session.temperature, embedder=session.embedder.identity)
     return state, RunLogs(run, session.config.log) if main else None
