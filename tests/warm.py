@@ -33,18 +33,36 @@ class Warm:
         )  # fmt: skip
         assert self._read() == "ready"
 
-    def __call__(self, arguments: Sequence[str], folder: Path, *, kill_after_s: float | None = None, **how: Any) -> int:
+    def __call__(
+        self,
+        arguments: Sequence[str],
+        *,
+        folder: Path,
+        log: Path,
+        kill_after_s: float | None = None,
+        trace: Path | None = None,
+        **how: Any,
+    ) -> int:
         """Run the command line in a child and return its exit code, or minus the signal that ended it.
 
-        `folder`: where it runs; its output is appended to `log` there. `kill_after_s`: send SIGKILL then. `how`, with
-        numbers from 0:
-        `kill_at`: end as by SIGKILL before this file operation; `full_at`: from this one on the disk is full;
-        `signals`: [number of the file operation, signal] pairs; `steps`: file that the operations are listed in.
+        `folder`: where it runs; `log`: what its output is appended to; `kill_after_s`: send SIGKILL then; `trace`: what
+        strace is to write of its file operations. `how`, with operations numbered from 0: `kill_at`: end as by SIGKILL
+        before this one; `full_at`: from this one on the disk is full; `signals`: [operation, signal] pairs; `steps`:
+        file that they are listed in; `ignored`: signals; `unread`: whether nobody reads its output.
         """
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"arguments": list(arguments), "folder": str(folder), **how}) + "\n")
+        job = {
+            "arguments": list(arguments),
+            "folder": str(folder),
+            "log": str(log),
+            "stopped": trace is not None,
+            **how,
+        }
+        self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         child = int(self._read())
+        if trace is not None:
+            _follow(child, trace)
         timer = None
         if kill_after_s is not None:
             timer = threading.Timer(kill_after_s, _kill, [child])
@@ -65,6 +83,18 @@ class Warm:
     def _read(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
+
+
+def _follow(process: int, trace: Path) -> None:
+    """Let a stopped process go on under strace."""
+    calls = "trace=openat,close,fsync,fdatasync,rename,renameat,renameat2"
+    command = ["strace", "--quiet=all", "-f", "-y", "-e", calls, "-o", str(trace), "-p", str(process)]
+    tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while "TracerPid:\t0" in Path(f"/proc/{process}/status").read_text(encoding="ascii"):
+        assert tracer.poll() is None, "strace cannot attach"
+        time.sleep(0.01)
+    os.kill(process, signal.SIGCONT)
+    threading.Thread(target=tracer.wait).start()
 
 
 def _kill(process: int) -> None:
@@ -108,8 +138,16 @@ def _listen(job: Mapping[str, Any]) -> None:
 
 def _child(job: Mapping[str, Any]) -> None:
     """Run one command; never returns."""
+    if job["stopped"]:
+        os.kill(os.getpid(), signal.SIGSTOP)
     os.chdir(job["folder"])
-    descriptor = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for number in job.get("ignored", []):
+        signal.signal(number, signal.SIG_IGN)
+    if job.get("unread"):
+        reading, descriptor = os.pipe()
+        os.close(reading)
+    else:
+        descriptor = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

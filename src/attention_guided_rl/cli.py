@@ -2,7 +2,7 @@
 
 Exit codes: 0 done · 2 usage or configuration, or one that failed its audit · 3 corpus · 4 credentials · 5 remote
 service · 6 spending cap or quota · 7 checkpoint · 8 storage · 9 non-finite numbers · 12 run folder in use · 13 refused
-for safety · 70 a bug of ours · 130/143 interrupted, saved.
+for safety · 70 a bug of ours · 129/130/143 interrupted by SIGHUP, SIGINT, SIGTERM, saved.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import shlex
+import signal
 import sys
 import traceback
 import warnings
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 import yaml
 
 from attention_guided_rl.errors import AgrlError, ConfigError
+from attention_guided_rl.interruption import outliving_readers, stopping_at_once
 from attention_guided_rl.secrets import redact
 
 # Everything heavy (torch, transformers) is imported by the command that needs it, so that --help stays fast.
@@ -30,23 +32,26 @@ DESCRIPTION = "A language model learns to direct its own reading."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    logging.basicConfig(format="agrl: %(message)s", level=logging.WARNING)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_redact_record)
-    warnings.simplefilter("ignore")  # what libraries deprecate is not for the person who reads a run
-    warnings.filterwarnings("always", module=r"attention_guided_rl\.")
-    warnings.showwarning = _show_warning
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with outliving_readers():
+        logging.basicConfig(format="agrl: %(message)s", level=logging.WARNING)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_redact_record)
+        warnings.simplefilter("ignore")  # what libraries deprecate is not for the person who reads a run
+        warnings.filterwarnings("always", module=r"attention_guided_rl\.")
+        warnings.showwarning = _show_warning
+        return _exit_code(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _exit_code(arguments: list[str]) -> int:
     try:
-        return _dispatch(arguments)
+        with stopping_at_once():
+            return _dispatch(arguments)
     except AgrlError as error:
         print(f"agrl: error: {redact(' '.join(str(error).splitlines()))}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
-        return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("agrl: interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(stopped, "number", signal.SIGINT)
     except Exception:
         print(redact(traceback.format_exc()), file=sys.stderr)
         print("agrl: error: a bug of ours; please report the lines above", file=sys.stderr)

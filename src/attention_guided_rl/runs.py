@@ -182,12 +182,18 @@ def run_folder(name: str | None, preset: str | None, root: Path) -> Path:
 
     Raises:
         UnsafeError: the name would leave `root`.
+        StorageError: the disk takes no such path.
     """
     if name is None:
         name = f"{preset or 'run'}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or ".." in name:
         raise UnsafeError(f"--run {name!r}: a run name is letters, digits, '.', '_' and '-', without '..'")
-    return root / name
+    folder = root / name
+    try:
+        folder.exists()
+    except OSError as error:
+        raise StorageError(f"{folder}: {error.strerror}") from None
+    return folder
 
 
 def newest_run(root: Path) -> Path:

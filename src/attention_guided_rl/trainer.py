@@ -7,8 +7,6 @@ the articles; rewards are gathered, so advantages and statistics are computed fr
 """
 
 import contextlib
-import signal
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from attention_guided_rl.config_files import config_to_yaml
 from attention_guided_rl.data.pairs import PoolStream
 from attention_guided_rl.diagnostics import AlarmBell, raise_alarms, row_metrics
 from attention_guided_rl.errors import CheckpointError, NumericError
+from attention_guided_rl.interruption import collected_signals
 from attention_guided_rl.randomness import Purpose, generator
 from attention_guided_rl.records import Advantages, PairPool, TrajectoryBatch
 from attention_guided_rl.rl_agent import AgentState, compute_advantages
@@ -95,7 +94,7 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
     console = make_console() if processes.is_main else Console(quiet=True)
     with (
         logs or contextlib.nullcontext(),
-        _signals() as received,
+        collected_signals() as received,
         TrainingProgress(console, total, state.update) as progress,
     ):
         if saved is None:
@@ -274,21 +273,3 @@ def _next_state(state: RunState, agent: AgentState, outcome: Outcome) -> RunStat
         nonfinite_updates=state.nonfinite_updates + (not outcome.finite),
         nonfinite_in_a_row=0 if outcome.finite else state.nonfinite_in_a_row + 1,
     )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM: the first lets the update finish, a second ends at once."""
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -158,12 +158,12 @@ class VectorStore:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                io_step("commit vectors" if durable else "commit claims")
+                self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:  # after some errors SQLite has gone back by itself
                     self._db.execute("ROLLBACK")
                 raise
-            io_step("commit vectors" if durable else "commit claims")
-            self._db.execute("COMMIT")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

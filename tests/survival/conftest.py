@@ -1,0 +1,30 @@
+"""The warm parent, the service and the run that nothing disturbed, once for all tests of this folder."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_embeddings import KEY
+from trials import SETTINGS, NoisyService, Trials
+from warm import warm
+
+from attention_guided_rl.config_files import config_to_yaml
+
+
+@pytest.fixture(scope="session")
+def trials(tmp_path_factory, make_config, licensed_corpus) -> Iterator[Trials]:
+    root = tmp_path_factory.mktemp("kill")
+    with NoisyService() as service, warm({"OPENAI_API_KEY": KEY}) as parent:
+        more = {"embedder.base_url": service.url, "corpus.path": str(licensed_corpus)}
+        (root / "config.yaml").write_text(config_to_yaml(make_config(SETTINGS | more)), encoding="utf-8")
+        yield Trials(root, root / "config.yaml", parent, service)
+
+
+@pytest.fixture(scope="session")
+def licensed_corpus(tmp_path_factory, corpus_file) -> Path:
+    """The eight articles, with a licence: so they are named in ATTRIBUTION.md."""
+    path = tmp_path_factory.mktemp("licensed") / "articles.jsonl"
+    lines = [json.loads(line) for line in corpus_file.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps({**x, "licence": "CC BY-SA 4.0"}) + "\n" for x in lines), encoding="utf-8")
+    return path

@@ -1,0 +1,45 @@
+"""Killed at any file operation, and at any moment, a run that is resumed ends with the same bits as one left alone."""
+
+import random
+
+from trials import KILLED, TORTURE, contents
+
+EVERY = 1 if TORTURE else 12
+"""Which of the file operations are tried."""
+
+
+def test_two_runs_left_alone_are_equal(trials):
+    """What the other tests compare with, and that there is something to compare."""
+    run = trials.new()
+    trials.finish(run)
+    names = contents(run)
+    assert len(trials.steps) >= 40
+    assert {"metrics.jsonl", "trajectories.jsonl", "pairs.jsonl", "evaluation.jsonl", "ATTRIBUTION.md"} <= set(names)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] == "update-000004"
+
+
+def test_killed_before_any_file_operation_and_resumed_ends_with_the_same_bits(trials):
+    killed = range(3, len(trials.steps), EVERY)
+    for step in killed:
+        run = trials.new()
+        assert trials.train(run, kill_at=step) == KILLED, (step, trials.said(run))
+        trials.finish(run, (step, trials.steps[step]))
+
+
+def test_killed_again_while_resuming_ends_with_the_same_bits(trials):
+    numbers = random.Random(0)
+    for _ in range(100 if TORTURE else 2):
+        run = trials.new()
+        kills = 0
+        while kills < 3:
+            kills += trials.train(run, kill_at=numbers.randrange(5, len(trials.steps))) == KILLED
+        trials.finish(run)
+
+
+def test_killed_at_any_moment_ends_with_the_same_bits(trials):
+    numbers = random.Random(1)
+    for trial in range(100 if TORTURE else 4):
+        run = trials.new()
+        for _ in range(3 if trial % 3 == 0 else 1):
+            trials.train(run, kill_after_s=numbers.uniform(0, trials.seconds))
+        trials.finish(run)
