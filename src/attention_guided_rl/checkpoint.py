@@ -61,6 +61,12 @@ def checkpoint_path(run: Path, update: int) -> Path:
     return run / "checkpoints" / f"update-{update:06d}"
 
 
+def updates_of(path: Path) -> int:
+    """Return the number of updates that a checkpoint's name tells; −1 for a name that is none."""
+    number = path.name.removeprefix("update-")
+    return int(number) if number.isdecimal() else -1
+
+
 def save_checkpoint(
     run: Path,
     state: RunState,
@@ -142,7 +148,7 @@ def latest_checkpoint(run: Path) -> Path:
         for problem in problems:
             logger.warning("damaged checkpoint stepped over: %s", problem)
         if problems:
-            lost = _update_of(found[0]) - _update_of(path)
+            lost = updates_of(found[0]) - updates_of(path)
             logger.warning("going back to %s: %d updates are lost and will be done again", path.name, lost)
         return path
     raise CheckpointError(f"{run}: no usable checkpoint" + (f" ({'; '.join(problems)})" if problems else ""))
@@ -216,12 +222,7 @@ def load_weights(path: Path, model: LanguageModel) -> None:
 
 def _found(run: Path) -> list[Path]:
     """Return the checkpoints of a run, newest first, whatever their state."""
-    return sorted((run / "checkpoints").glob("update-*"), key=_update_of, reverse=True)
-
-
-def _update_of(path: Path) -> int:
-    number = path.name.removeprefix("update-")
-    return int(number) if number.isdecimal() else -1
+    return sorted((run / "checkpoints").glob("update-*"), key=updates_of, reverse=True)
 
 
 @contextlib.contextmanager

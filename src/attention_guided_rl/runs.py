@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from attention_guided_rl.checkpoint import latest_checkpoint, load_checkpoint
+from attention_guided_rl.checkpoint import latest_checkpoint, load_checkpoint, updates_of
 from attention_guided_rl.compare import read_evaluation, summarise_seeds
 from attention_guided_rl.config import Config
 from attention_guided_rl.config_files import config_to_dict, config_to_yaml, load_config
@@ -275,6 +275,11 @@ def _check_resume(folder: Path, config: Config) -> bool:
     """
     if any((folder / "checkpoints").glob("update-*")):
         then = latest_checkpoint(folder)
+        done = updates_of(then)
+        if done > config.training.updates:
+            raise ConfigError(
+                f"training.updates: {done} updates are done, so {config.training.updates} cannot be asked for"
+            )
     elif any(path.stat().st_size for path in folder.glob("*.jsonl")):
         raise CheckpointError(f"{folder}: its checkpoints are gone; start a new run")
     else:

@@ -1,8 +1,9 @@
 """The warm parent, the service and the run that nothing disturbed, once for all tests of this folder."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_embeddings import KEY
@@ -13,12 +14,23 @@ from attention_guided_rl.config_files import config_to_yaml
 
 
 @pytest.fixture(scope="session")
-def trials(tmp_path_factory, make_config, licensed_corpus) -> Iterator[Trials]:
-    root = tmp_path_factory.mktemp("kill")
+def make_trials(tmp_path_factory, make_config, licensed_corpus) -> Iterator[Callable[..., Trials]]:
+    """Return the factory of trials of one setting: `make_trials({"training.updates": 40})`."""
     with NoisyService() as service, warm({"OPENAI_API_KEY": KEY}) as parent:
-        more = {"embedder.base_url": service.url, "corpus.path": str(licensed_corpus)}
-        (root / "config.yaml").write_text(config_to_yaml(make_config(SETTINGS | more)), encoding="utf-8")
-        yield Trials(root, root / "config.yaml", parent, service)
+        given = {"embedder.base_url": service.url, "corpus.path": str(licensed_corpus)}
+
+        def make(overrides: dict[str, Any] | None = None) -> Trials:
+            root = tmp_path_factory.mktemp("trials")
+            config = make_config({**SETTINGS, **given, **(overrides or {})})
+            (root / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+            return Trials(root, root / "config.yaml", parent, service)
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def trials(make_trials) -> Trials:
+    return make_trials()
 
 
 @pytest.fixture(scope="session")
