@@ -18,8 +18,8 @@ LAYERS = [
     for layer in """
     errors interruption records randomness selection statistics secrets memory caching folding data.wikitext
         data.plain_text report report.log_lines report.verdict report.audit
-    config model distributed reward storage tables data.corpus data.text_files report.trajectories report.tables summary
-    config_files rl_agent environment template loading tracking network data.hygiene data.encyclopedia
+    config model peers reward storage tables data.corpus data.text_files report.trajectories report.tables summary
+    config_files distributed rl_agent environment template loading tracking network data.hygiene data.encyclopedia
         data.article_cache report.drawing report.run_files report.figures run_settings fingerprints
     branching ema data.hub_dataset data.multistream data.mediawiki_reply report.html compare
     objective data.mediawiki data.dump_xml

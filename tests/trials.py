@@ -36,6 +36,16 @@ SETTINGS = {
     "evaluation.articles": 2,
 }
 
+LONG: dict[str, Any] = {
+    "embedder.kind": "attention",
+    "training.updates": 40,
+    "training.checkpoint_every": 10,
+    "log.trajectories_every": 3,
+    "optimizer.warmup_updates": 5,
+    "evaluation.articles": 0,
+}
+"""A longer run, without a service."""
+
 
 class NoisyService(EmbeddingServer):
     """Its vector of a text differs each time it is asked for; what was lost on the way was not asked for."""
@@ -84,10 +94,19 @@ class Trials:
 
     def train(self, run: Path, *more: str, **how: Any) -> int:
         """Begin a run, or go on with it; return the exit code, minus 9 where it was killed."""
-        start = ["--resume"] if run.exists() else ["--config", str(self._config)]
-        command = ["train", *start, "--run", run.name, "--runs-folder", ".", *more]
         self._service.forget_what_was_lost(run.parent / "cache", self._identity)
-        return self._parent(command, folder=run.parent, log=self._log(run), **how)
+        return self._parent(self._command(run, *more), folder=run.parent, log=self._log(run), **how)
+
+    def start(self, run: Path, rank: int, **how: Any) -> int:
+        """Begin a run as one of several processes; return its process id."""
+        return self._parent.start(self._command(run), folder=run.parent, log=self._log(run, rank), **how)
+
+    def wait(self, child: int) -> int:
+        return self._parent.wait(child)
+
+    def _command(self, run: Path, *more: str) -> list[str]:
+        start = ["--resume"] if run.exists() else ["--config", str(self._config)]
+        return ["train", *start, "--run", run.name, "--runs-folder", ".", *more]
 
     def finish(self, run: Path, what: Any = None, *, other_checkpoints: bool = False) -> None:
         """Go on with a run until all is done, and compare every file with those of the whole run.
@@ -102,11 +121,11 @@ class Trials:
             differing = [name for name in differing if name.startswith(last) or not name.startswith("checkpoints")]
         assert differing == [], (what, run, differing)
 
-    def said(self, run: Path) -> str:
-        return self._log(run).read_text(encoding="utf-8")[-9000:]
+    def said(self, run: Path, rank: int = 0) -> str:
+        return self._log(run, rank).read_text(encoding="utf-8")[-9000:]
 
-    def _log(self, run: Path) -> Path:
-        return self.root / "logs" / run.parent.name
+    def _log(self, run: Path, rank: int = 0) -> Path:
+        return self.root / "logs" / f"{run.parent.name}-{rank}"
 
 
 def newest(folder: Path) -> Path:

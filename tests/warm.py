@@ -37,40 +37,46 @@ class Warm:
         self,
         arguments: Sequence[str],
         *,
-        folder: Path,
-        log: Path,
         kill_after_s: float | None = None,
         trace: Path | None = None,
         **how: Any,
     ) -> int:
         """Run the command line in a child and return its exit code, or minus the signal that ended it.
 
-        `folder`: where it runs; `log`: what its output is appended to; `kill_after_s`: send SIGKILL then; `trace`: what
-        strace is to write of its file operations. `how`, with operations numbered from 0: `kill_at`: end as by SIGKILL
-        before this one; `full_at`: from this one on the disk is full; `signals`: [operation, signal] pairs; `steps`:
-        file that they are listed in; `ignored`: signals; `unread`: whether nobody reads its output.
+        `kill_after_s`: send SIGKILL then; `trace`: what strace is to write of its file operations; `how`: see `start`.
         """
-        assert self._process.stdin is not None
-        job = {
-            "arguments": list(arguments),
-            "folder": str(folder),
-            "log": str(log),
-            "stopped": trace is not None,
-            **how,
-        }
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        child = int(self._read())
+        child = self.start(arguments, stopped=trace is not None, **how)
         if trace is not None:
             _follow(child, trace)
         timer = None
         if kill_after_s is not None:
             timer = threading.Timer(kill_after_s, _kill, [child])
             timer.start()
-        code = int(self._read())
+        code = self.wait(child)
         if timer is not None:
             timer.cancel()
         return code
+
+    def start(self, arguments: Sequence[str], *, folder: Path, log: Path, **how: Any) -> int:
+        """Run the command line in a child and return its process id.
+
+        `folder`: where it runs; `log`: what its output is appended to. `how`, with file operations numbered from 0:
+        `kill_at`: end as by SIGKILL before this one; `full_at`: from this one on the disk is full; `signals`: pairs of
+        an operation and a signal; `steps`: file that operations are listed in; `ignored`: signals; `unread`: whether
+        nobody reads its output; `environment`: variables; `silence_s`: when a peer counts as lost.
+        """
+        self._tell({"arguments": list(arguments), "folder": str(folder), "log": str(log), **how})
+        return int(self._read())
+
+    def wait(self, child: int) -> int:
+        """Return a child's exit code, or minus the signal that ended it."""
+        self._tell({"wait": child})
+        return int(self._read())
+
+    def _tell(self, job: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
 
     def close(self) -> None:
         """End the parent."""
@@ -138,7 +144,8 @@ def _listen(job: Mapping[str, Any]) -> None:
 
 def _child(job: Mapping[str, Any]) -> None:
     """Run one command; never returns."""
-    if job["stopped"]:
+    os.environ.update(job.get("environment", {}))
+    if job.get("stopped"):
         os.kill(os.getpid(), signal.SIGSTOP)
     os.chdir(job["folder"])
     for number in job.get("ignored", []):
@@ -151,8 +158,10 @@ def _child(job: Mapping[str, Any]) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    from attention_guided_rl import peers
     from attention_guided_rl.cli import main
 
+    peers.SILENCE = job.get("silence_s", peers.SILENCE)
     _listen(job)
     code = main(job["arguments"])
     sys.stdout.flush()
@@ -173,11 +182,13 @@ def _serve() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
+        if "wait" in job:
+            print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
+            continue
         child = os.fork()
         if child == 0:
             _child(job)
         print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ Each process holds a contiguous share of an update's articles, in rank order, so
 the global list: the same numbers in the same order for 1, 2 or 4 processes.
 """
 
+import atexit
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, distributed
 
 from attention_guided_rl import errors
 from attention_guided_rl.errors import AgrlError, ConfigError
+from attention_guided_rl.peers import Peers
 
 MEETING_INTERVAL = 0.002  # seconds between looks at who has come
 FAREWELL = 10.0  # seconds that the process with the store waits for the others to have read why it ends
@@ -30,6 +33,9 @@ class Processes:
         self._state = PartialState(cpu=True) if device == "cpu" or not torch.cuda.is_available() else PartialState()
         self.device: torch.device = self._state.device
         self._meetings = 0
+        self._peers: Peers | None = None
+        if self.count > 1:
+            self._peers = _watched(self.rank, self.count)
 
     @property
     def count(self) -> int:
@@ -58,12 +64,16 @@ class Processes:
         if self.count == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.count)]
-        distributed.all_gather(parts, rows.contiguous())
+        with self._collective():
+            distributed.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
     def gather_objects(self, objects: list[Any]) -> list[Any]:
         """Concatenate every process's list, in rank order."""
-        return objects if self.count == 1 else list(gather_object(objects))
+        if self.count == 1:
+            return objects
+        with self._collective():
+            return list(gather_object(objects))
 
     def first_signal(self, received: list[int]) -> int | None:
         """Return a signal number that any process has received, the same on all: all stop after the same update."""
@@ -75,7 +85,8 @@ class Processes:
         if self.count == 1:
             return value
         holder = [value]
-        broadcast_object_list(holder, from_process=0)
+        with self._collective():
+            broadcast_object_list(holder, from_process=0)
         return holder[0]
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
@@ -84,7 +95,8 @@ class Processes:
         if self.count == 1 or not tensors:
             return
         flat = torch.cat([t.detach().flatten().float() for t in tensors])
-        distributed.all_reduce(flat)
+        with self._collective():
+            distributed.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -101,6 +113,8 @@ class Processes:
             store.set(f"agrl/{self._meetings}/{self.rank}", f"here {word}")
             for rank in range(self.count):
                 while not store.check([f"agrl/{self._meetings}/{rank}"]):
+                    if self._peers is not None and rank in self._peers.left():
+                        raise self._peers.lost("it did not come to a meeting")
                     time.sleep(MEETING_INTERVAL)
                 name, _, message = store.get(f"agrl/{self._meetings}/{rank}").decode()[len("here ") :].partition(" ")
                 if name and error is None:
@@ -145,4 +159,23 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until every process is here."""
-        self._state.wait_for_everyone()
+        with self._collective():
+            self._state.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _collective(self) -> Iterator[None]:
+        """Name the process that has gone when a message to all fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._peers is None:
+                raise
+            raise self._peers.lost(str(error).split("\n")[0][:100]) from error
+
+
+@cache
+def _watched(rank: int, count: int) -> Peers:
+    """Watch the peers of this process from now to its end."""
+    peers = Peers(distributed.distributed_c10d._get_default_store().clone(), rank, count)
+    atexit.register(peers.leave)
+    return peers

@@ -55,6 +55,12 @@ class NumericError(AgrlError):
     exit_code = 9
 
 
+class PeerLostError(AgrlError):
+    """Another process of the run has ended or does not answer."""
+
+    exit_code = 11
+
+
 class RunInUseError(AgrlError):
     """The run folder exists already, or another process works in it."""
 

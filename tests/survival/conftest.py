@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fake_embeddings import KEY
-from trials import SETTINGS, NoisyService, Trials
+from trials import LONG, SETTINGS, NoisyService, Trials
 from warm import warm
 
 from attention_guided_rl.config_files import config_to_yaml
@@ -31,6 +31,11 @@ def make_trials(tmp_path_factory, make_config, licensed_corpus) -> Iterator[Call
 @pytest.fixture(scope="session")
 def trials(make_trials) -> Trials:
     return make_trials()
+
+
+@pytest.fixture(scope="session")
+def long(make_trials) -> Trials:
+    return make_trials(LONG)
 
 
 @pytest.fixture(scope="session")

@@ -2,23 +2,10 @@
 
 import signal
 
-import pytest
-from trials import TORTURE, Trials, differing_files, metrics_of
+from trials import LONG, TORTURE, differing_files, metrics_of
 
-UPDATES = 40
+UPDATES = LONG["training.updates"]
 STOPPED_AFTER = range(1, UPDATES) if TORTURE else (1, 19, UPDATES - 1)
-OWN_EMBEDDER = {
-    "embedder.kind": "attention",
-    "training.checkpoint_every": 10,
-    "log.trajectories_every": 3,
-    "optimizer.warmup_updates": 5,
-    "evaluation.articles": 0,
-}
-
-
-@pytest.fixture(scope="module")
-def long(make_trials) -> Trials:
-    return make_trials({**OWN_EMBEDDER, "training.updates": UPDATES})
 
 
 def test_stopped_after_any_update_and_resumed(long):

@@ -1,0 +1,41 @@
+"""A process that is killed, or that freezes, ends the others soon, which say which one it was."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+from trials import TORTURE, metrics_of
+
+from attention_guided_rl.peers import SILENCE
+
+LOST = 11
+SILENCE_S = SILENCE if TORTURE else 4.0
+
+
+@pytest.mark.parametrize(("fate", "victim"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+def test_the_loss_of_a_process_ends_the_other_and_is_named(long, fate, victim):
+    run = long.new()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    children = [
+        long.start(run, rank, silence_s=SILENCE_S, environment={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in (0, 1)
+    ]
+    try:
+        while not (run / "metrics.jsonl").exists() or len(metrics_of(run)) < 2:
+            time.sleep(0.01)
+        os.kill(children[victim], fate)
+        begun = time.monotonic()
+        code = long.wait(children[1 - victim])
+        said = long.said(run, 1 - victim)
+        assert code == LOST, said
+        assert time.monotonic() - begun < SILENCE_S + 5
+        assert f"process {victim}" in said
+        assert "Traceback" not in said
+    finally:
+        os.kill(children[victim], signal.SIGKILL)
+        long.wait(children[victim])
