@@ -178,7 +178,8 @@ def probe() -> dict:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "--help", "--version", "config", "evaluate --help", "report no-such-run", "verify no-such-run", "import"]
+    "command",
+    ["", "--help", "--version", "config", "evaluate --help", "report no-such-run", "verify no-such-run", "import"],
 )
 def test_what_needs_no_model_does_not_wait_for_torch(probe, command):
     assert probe["loaded"][command] == []
