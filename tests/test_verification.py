@@ -1,4 +1,4 @@
-"""Verification: a real run verifies, every planted falsification is caught and named, and what is unfinished says so."""
+"""Verification: a real run verifies, every planted falsification is caught and named, what is unfinished says so."""
 
 import ast
 import hashlib
@@ -16,7 +16,6 @@ import torch
 import yaml
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
-from verified import is_complete
 
 from attention_guided_rl import cli, runs, verification
 from attention_guided_rl.errors import AgrlError, CheckpointError, ConfigError
@@ -57,21 +56,19 @@ def test_a_real_run_verifies_and_says_what_was_found(whole):
 
 
 OTHER_RUNS = {
-    "a live scorer and a filter that keeps nothing": {
-        "reward.kind": "plain", "reward.scorer": "policy", "objective.filter.kind": "running_zscore",
-        "objective.filter.warmup": 8,
-    },
     "held-out probes and all weights": {"reward.kind": "held_out", "reward.num_probes": 1, "model.adapter": "full"},
-    "a moving average and expected picks": {"reward.scorer": "ema", "reward.pick": "expected"},
-    "shuffled rewards": {"training.shuffled_rewards": True, "log.trajectories_every": 3},
+    "a moving average, expected picks, shuffled rewards": {
+        "reward.scorer": "ema", "reward.pick": "expected", "training.shuffled_rewards": True,
+    },
     "no updates": {"training.updates": 0},
 }  # fmt: skip
+"""Beside those of test_golden.py and of law 10, which are verified there."""
 
 
 @pytest.mark.parametrize("settings", OTHER_RUNS.values(), ids=OTHER_RUNS)
 def test_other_real_runs_verify(make_config, tmp_path, settings):
-    runs.train(make_config({"training.updates": 3, **settings}), tmp_path / "run")
-    assert is_complete(tmp_path / "run")
+    runs.train(make_config({"training.updates": 2, **settings}), tmp_path / "run")
+    list(verify_run(tmp_path / "run"))
 
 
 def test_another_evaluation_verifies_as_what_it_was_asked_to_be(run):
@@ -81,12 +78,6 @@ def test_another_evaluation_verifies_as_what_it_was_asked_to_be(run):
         list(verify_run(run))
     with pytest.raises(ConfigError, match=r"training\.updates cannot be set"):
         list(verify_run(run, {"training.updates": 4}))
-
-
-def test_a_run_that_has_grown_verifies_again(run, make_config):
-    settings = {"training.checkpoint_every": 2, "log.trajectories_every": 2, "evaluation.articles": 3}
-    runs.train(make_config({**settings, "training.updates": 5}), run, resume=True)
-    assert is_complete(run)
 
 
 # -- falsifications ----------------------------------------------------------------------------------------------------
@@ -121,7 +112,12 @@ def record(name: str, number: int, change: Callable[[dict[str, Any]], object]) -
 
 
 def content(name: str, change: Callable[[bytes], bytes]) -> Edit:
-    return lambda run: (run / name).write_bytes(change((run / name).read_bytes()))  # type: ignore[return-value]
+    """Change a file's bytes."""
+
+    def edit(run: Path) -> None:
+        (run / name).write_bytes(change((run / name).read_bytes()))
+
+    return edit
 
 
 def summary(change: Callable[[dict[str, Any]], object]) -> Edit:
@@ -201,7 +197,7 @@ def drop_a_parameter(found: dict[str, np.ndarray]) -> None:
 def lose_a_step(found: dict[str, np.ndarray]) -> None:
     for name in found:
         if name.endswith("|step"):
-            found[name] = found[name] - 1
+            found[name] = np.asarray(found[name] - 1)
 
 
 def raise_reward(r: dict[str, Any], *names: str) -> None:
@@ -271,7 +267,7 @@ FALSIFIED: dict[str, tuple[Edit, str]] = {
         record(METRICS, 1, lambda r: r.update({"loss/kl": None})), r"line 2: loss/kl is None, and .* counts as done"
     ),
     "a counter falls": (
-        both(*(record(METRICS, n, lambda r: r.update({"guard/nonfinite_updates": 1, "loss/kl": None})) for n in (1, 2))),
+        both(*(record(METRICS, n, lambda r: r.update({"guard/nonfinite_updates": 1})) for n in (1, 2))),
         r"line 4: guard/nonfinite_updates is 0, after 1",
     ),
     "an update is called empty": (
@@ -298,7 +294,7 @@ FALSIFIED: dict[str, tuple[Edit, str]] = {
     # pairs.jsonl
     "a pair is missing": (lines(PAIRS, lambda x: x.pop(0)), r"trajectories.jsonl, line 1: '\w+-\d+' is missing"),
     "a pair twice": (lines(PAIRS, lambda x: x.append(x[0])), r"pairs.jsonl, line \d+: pair '\w+-\d+' a second time"),
-    "a pair of another place": (record(PAIRS, 0, lambda r: r.update(position=99)), r"line 1: pair .* hash and position"),
+    "a pair of another place": (record(PAIRS, 0, lambda r: r.update(position=99)), r"line 1: pair .* hash and positio"),
     "a pair of another article": (record(PAIRS, 0, lambda r: r.update(article="x")), r"is of another article"),
     "a pair without a value": (record(PAIRS, 0, lambda r: r.pop("value_ids")), r"line 1: no pair \(KeyError"),
     "a prior": (
@@ -316,10 +312,10 @@ FALSIFIED: dict[str, tuple[Edit, str]] = {
         lines(ROWS, lambda x: x.__delitem__(slice(6, 12))), r"line 7: 'evaluation' update 4, .* where 'train' update 3"
     ),
     "the last trajectories are missing": (
-        lines(ROWS, lambda x: x.__delitem__(slice(11, None))), r"it ends where 'train' update 3, article 1, trajectory 2"
+        lines(ROWS, lambda x: x.__delitem__(slice(11, None))), r"it ends where 'train' update 3, article 1, trajectory"
     ),
-    "a trajectory twice": (lines(ROWS, lambda x: x.insert(3, x[3])), r"line 5: 'train' update 1, article 1, traj.* 0 w"),
-    "trajectories swapped": (lines(ROWS, lambda x: swap(x, 4, 5)), r"line 5: .* trajectory 2 where .* trajectory 1 bel"),
+    "a trajectory twice": (lines(ROWS, lambda x: x.insert(3, x[3])), r"line 5: 'train' update 1, article 1, traj.* 0"),
+    "trajectories swapped": (lines(ROWS, lambda x: swap(x, 4, 5)), r"line 5: .* trajectory 2 where .* trajectory 1 be"),
     "a trajectory that nobody asked for": (
         lines(ROWS, lambda x: x.insert(12, x[11])), r"line 13: .* where nothing of training belongs"
     ),
@@ -345,7 +341,7 @@ FALSIFIED: dict[str, tuple[Edit, str]] = {
         record(ROWS, 1, lambda r: r["rewards"].__setitem__(1, None)), r"line 2: rewards: null, and no update of this is"
     ),
     "a pick repeated": (record(ROWS, 2, read_the_same_again), r"line 3: picks \[.*\]: a pair is read twice"),
-    "a pick out of range": (record(ROWS, 2, lambda r: r["picks"].__setitem__(0, 5)), r"line 3: picks .* not in the pool"),
+    "a pick out of range": (record(ROWS, 2, lambda r: r["picks"].__setitem__(0, 5)), r"line 3: picks .* not in the po"),
     "picks in another order": (record(ROWS, 2, read_in_another_order), r"line 3: step 0: the context does not hold"),
     "a read pair with a probability": (
         record(ROWS, 2, lambda r: r["selection_logprobs"][2].__setitem__(r["picks"][0], -9.0)),
@@ -359,7 +355,7 @@ FALSIFIED: dict[str, tuple[Edit, str]] = {
         record(ROWS, 2, move_probability), r"line 3: selection_logprobs, step 0: the probabilities add up to 1\.00"
     ),
     "a probability above 1": (
-        record(ROWS, 2, lambda r: r["sampled_logprobs"][0].__setitem__(0, 0.1)), r"sampled_logprobs: a probability above"
+        record(ROWS, 2, lambda r: r["sampled_logprobs"][0].__setitem__(0, 0.1)), r"sampled_logprobs: a probability abov"
     ),
     "a step missing": (record(ROWS, 2, lambda r: r["picks"].pop()), r"line 3: S is 2, not 3"),
     "a pool of another article": (
@@ -373,7 +369,7 @@ FALSIFIED: dict[str, tuple[Edit, str]] = {
         lines(ROWS, lambda x: x.pop()), r"2 trajectories of arm 'nearest_key'; evaluation.jsonl has 3"
     ),
     "an arm's trajectories are missing": (
-        without(ROWS, lambda r: r["arm"] != "random"), r"trajectories of the arms \['article_order', .* has \[.*'random'"
+        without(ROWS, lambda r: r["arm"] != "random"), r"trajectories of the arms \['article_order', .* has \[.*'random"
     ),
     "the same line in another spelling": (
         lines(ROWS, lambda x: x.__setitem__(0, x[0].replace(b": ", b":"))), r"trajectories.jsonl: \d+ bytes; the checkp"
@@ -382,12 +378,12 @@ FALSIFIED: dict[str, tuple[Edit, str]] = {
     "a byte of the weights": (
         content(f"{NEWEST}/{ADAPTER}", lambda b: b[:-1] + bytes([b[-1] ^ 1])), rf"{ADAPTER}: its SHA-256 differs"
     ),
-    "NaN in the weights": (sealed(tensors(ADAPTER, first_nan)), rf"{ADAPTER}: tensor '.*' has a number that is not fin"),
+    "NaN in the weights": (sealed(tensors(ADAPTER, first_nan)), rf"{ADAPTER}: tensor '.*' has a number that is not fi"),
     "NaN in the moments": (
         sealed(tensors("optimizer.safetensors", first_nan)), r"optimizer.safetensors: tensor '.*' .* not finite"
     ),
     "a moment is missing": (
-        sealed(tensors("optimizer.safetensors", drop_a_moment)), r"optimizer.safetensors: '.*' has \['exp_avg', 'step'\]"
+        sealed(tensors("optimizer.safetensors", drop_a_moment)), r"optimizer.safetensors: '.*' has \['exp_avg', 'step'"
     ),
     "a parameter's moments are missing": (
         sealed(tensors("optimizer.safetensors", drop_a_parameter)), r"moments of \d+ parameters where \d+ are trained"
@@ -397,19 +393,19 @@ FALSIFIED: dict[str, tuple[Edit, str]] = {
     "updates that were skipped": (sealed(state(nonfinite_updates=1)), r"4.0 steps of '.*'; the run counts 3"),
     "a state without counters": (sealed(state(update="4")), r"state.json: no usable counters"),
     "NaN in the state": (sealed(state(temperature=math.nan)), r"state.json: not strict JSON: NaN"),
-    "a file too many": (content(f"{NEWEST}/state.json", lambda b: b), "x"),  # replaced below
-    "a file that is missing": (lambda run: (run / NEWEST / ADAPTER).unlink(), rf"update-000004: '{ADAPTER}' is missing"),
+    "a file too many": (lambda run: (run / NEWEST / "a.bin").touch(), r"'a.bin' is not in the manifest"),
+    "a file that is missing": (lambda run: (run / NEWEST / ADAPTER).unlink(), rf"update-000004: '{ADAPTER}' is missin"),
     "an edited manifest": (
         content(f"{NEWEST}/manifest.json", lambda b: b.replace(b'"pairs.jsonl": ', b'"pairs.jsonl": 1')),
         r"manifest.json: its own SHA-256 differs",
     ),
     "no manifest": (lambda run: (run / NEWEST / "manifest.json").unlink(), r"manifest.json: missing"),
     "a log length": (sealed(log_bytes={METRICS: 9}), r"metrics.jsonl: \d+ bytes; the checkpoint says 9"),
-    "a log that grew": (content("pairs.jsonl", lambda b: b[: b.index(b"\n") + 1]), r"is missing, here or in pairs.jsonl"),
+    "a log that grew": (content("pairs.jsonl", lambda b: b[: b.index(b"\n") + 1]), r"is missing, here or in pairs.jso"),
     # the evaluation
-    "a line of the evaluation is missing": (lines(ARMS, lambda x: x.pop(1)), r"line 2: article 2 of arm 'trained' is no"),
+    "a line of the evaluation is missing": (lines(ARMS, lambda x: x.pop(1)), r"line 2: article 2 of arm 'trained' is"),
     "its last line is missing": (lines(ARMS, lambda x: x.pop()), r"2 articles of arm 'nearest_key/key'; .* asks for 3"),
-    "a line of the evaluation twice": (lines(ARMS, lambda x: x.insert(1, x[1])), r"line 3: article 1 of arm 'trained' is"),
+    "a line of the evaluation twice": (lines(ARMS, lambda x: x.insert(1, x[1])), r"line 3: article 1 of arm 'trained'"),
     "an arm is missing": (
         without(ARMS, lambda r: r["arm"] != "easy_to_hard/key"), r"evaluation.jsonl: no lines of arm 'easy_to_hard/key'"
     ),
@@ -427,12 +423,12 @@ FALSIFIED: dict[str, tuple[Edit, str]] = {
         r"trajectories.jsonl, line 13: arm 'trained', article 0, .* evaluation.jsonl has article 0",
     ),
     "picks that differ from the arm's own text": (
-        record(ARMS, 3, lambda r: r["picks"].reverse()), r"arm 'trained/key' has other picks of article 0 than 'trained'"
+        record(ARMS, 3, lambda r: r["picks"].reverse()), r"arm 'trained/key' has other picks of article 0 than 'trained"
     ),
     "a pair read twice in the evaluation": (
         record(ARMS, 0, lambda r: r["picks"].__setitem__(0, r["picks"][1])), r"line 1: picks .*: a pair is read twice"
     ),
-    "another pool": (record(ARMS, 9, lambda r: r.update(pool="x")), r"arm 'untrained/key' has another article or pool at"),
+    "another pool": (record(ARMS, 9, lambda r: r.update(pool="x")), r"arm 'untrained/key' has another article or pool"),
     "another seed": (record(ARMS, 9, lambda r: r.update(seed=1)), r"line 10: seed is 1, not 0"),
     "another reward": (config("evaluation.reward", "plain"), r"baseline of the reward plain is not 0"),
     "an arm's mean": (
@@ -440,23 +436,22 @@ FALSIFIED: dict[str, tuple[Edit, str]] = {
     ),
     "an arm without lines": (summary(lambda s: s["arms"].update(best={"mean": 9.0})), r"evaluation.json: its arms are"),
     "a contrast": (
-        summary(lambda s: s["contrasts"]["trained-random"].update(mean=0.5)), r"mean of contrast 'trained-random' is 0.5"
+        summary(lambda s: s["contrasts"]["trained-random"].update(mean=0.5)), r"mean of contrast 'trained-random' is 0."
     ),
     "the choice gain": (summary(lambda s: s["choice_gain"].update(mean=0.5)), r"choice_gain is not the contrast"),
     "the number of articles": (summary(lambda s: s.update(articles=300)), r"articles is 300; the lines have 3"),
-    "NaN in the summary": (summary(lambda s: s.update(oracle_gap_closed=math.nan)), r"evaluation.json: not strict JSON"),
-    "half of the report": (content("report.html", lambda b: b[: len(b) // 2]), r"report.html: cut off; to make it again"),
+    "NaN in the summary": (summary(lambda s: s.update(oracle_gap_closed=math.nan)), r"evaluation.json: not strict JSO"),
+    "half of the report": (content("report.html", lambda b: b[: len(b) // 2]), r"report.html: cut off; to make it aga"),
     # config.yaml
     "fewer updates asked for": (config("training.updates", 2), r"update-000004: 4 of 2 updates: more than"),
-    "other logging asked for": (config("log.trajectories_every", 1), r"line 7: 'train' update 3, .* where 'train' update 2"),
+    "other logging asked for": (config("log.trajectories_every", 1), r"line 7: 'train' update 3, .* where 'train' upd"),
     "other rows asked for": (config("rollout.articles", 3), r"line 1: 6 episodes; 1 × 9 were asked for"),
     "no configuration": (content("config.yaml", lambda b: b"{"), r"config.yaml: cannot be read"),
-    "a configuration that is nested without end": (content("config.yaml", lambda b: b"[" * 20_000), r"config.yaml: cannot"),
+    "a configuration that is nested without end": (content("config.yaml", lambda b: b"[" * 1_000), r"config.yaml: can"),
     "a list for a configuration": (content("config.yaml", lambda b: b"- 1"), r"config.yaml: not a configuration"),
     "a setting is missing": (content("config.yaml", lambda b: b.replace(b"updates:", b"update:")), r"training.updates"),
     "updates in words": (config("training.updates", "many"), r"config.yaml: no usable training.updates: 'many'"),
 }  # fmt: skip
-FALSIFIED["a file too many"] = (lambda run: (run / NEWEST / "a.bin").touch() or None, r"'a.bin' is not in the manifest")
 
 
 @pytest.mark.parametrize("case", FALSIFIED)
@@ -596,10 +591,19 @@ def test_a_number_that_is_not_finite_is_found_in_every_kind(tmp_path, kind, numb
         read_tensors(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("change", [
-    lambda b: b[:5], lambda b: b[:20], lambda b: b[:-1], lambda b: b + b"\0", lambda b: b"", lambda b: b"\xff" * 8 + b[8:],
-    lambda b: b.replace(b'"F32"', b'"F33"'), lambda b: b.replace(b'"shape":[2]', b'"shape":[3]'),
-])  # fmt: skip
+DAMAGED = (
+    lambda b: b[:5],
+    lambda b: b[:20],
+    lambda b: b[:-1],
+    lambda b: b + b"\0",
+    lambda b: b"",
+    lambda b: b"\xff" * 8 + b[8:],
+    lambda b: b.replace(b'"F32"', b'"F33"'),
+    lambda b: b.replace(b'"shape":[2]', b'"shape":[3]'),
+)
+
+
+@pytest.mark.parametrize("change", DAMAGED)
 def test_a_damaged_file_of_tensors_is_refused(tmp_path, change):
     path = tmp_path / "a.safetensors"
     save_torch_file({"w": torch.tensor([0.0, 1.0])}, path)

@@ -3,6 +3,7 @@
 0 means that the run is complete and consistent; any other code that it has not become so.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def run_of(arguments: Sequence[str]) -> Path | None:
         return None
     if os.environ.get("RANK", "0") != "0":
         return None
-    values = dict(zip(arguments, arguments[1:], strict=False))
+    values = dict(itertools.pairwise(arguments))
     return Path(values.get("--runs-folder", "runs")) / values["--run"]
 
 

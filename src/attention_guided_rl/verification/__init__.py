@@ -56,11 +56,12 @@ def verify_run(folder: Path, overrides: Mapping[str, Any] | None = None) -> Iter
     metrics_path, trajectories_path, pairs_path = (folder / name for name in LOGS)
 
     lines = read_lines(metrics_path, lengths["metrics.jsonl"])
-    metrics = check_metrics(lines, asked, checkpoint.update, checkpoint.state)
+    metrics = check_metrics(str(metrics_path), lines, asked, checkpoint.update, checkpoint.state)
     yield Finding("metrics.jsonl", f"updates 1 to {len(metrics)}, {len(metrics) * asked.rows} episodes")
     pairs = check_pairs(read_lines(pairs_path, lengths["pairs.jsonl"]))
     yield Finding("pairs.jsonl", f"{len(pairs)} pairs")
-    found = check_trajectories(read_lines(trajectories_path, lengths["trajectories.jsonl"]), asked, pairs, metrics)
+    lines = read_lines(trajectories_path, lengths["trajectories.jsonl"])
+    found = check_trajectories(str(trajectories_path), lines, asked, pairs, metrics)
     yield Finding(
         "trajectories.jsonl",
         f"{found.num_training} of training, {found.num_evaluation} of the evaluation; "
@@ -136,13 +137,18 @@ def _check_lengths(folder: Path, checkpoint: Checkpoint, found: Trajectories, *,
 
 
 def _check_evaluation(folder: Path, asked: Asked, checkpoint: Checkpoint, found: Trajectories) -> Finding:
+    lines, summary, trajectories = (
+        folder / name for name in ("evaluation.jsonl", "evaluation.json", "trajectories.jsonl")
+    )
     try:
-        arms = check_records(read_lines(folder / "evaluation.jsonl"), asked, checkpoint.update)
-        check_summary(str(folder / "evaluation.json"), read_object(folder / "evaluation.json"), arms)
-        check_trajectories_of_arms(str(folder / "trajectories.jsonl"), found.evaluation, arms)
+        arms = check_records(str(lines), read_lines(lines), asked, checkpoint.update)
+        check_summary(str(summary), read_object(summary), arms)
+        check_trajectories_of_arms(str(trajectories), found.evaluation, arms)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; to make the evaluation again: agrl evaluate {shlex.quote(str(folder))}") from None
-    return Finding("evaluation", f"{len(arms)} arms on {asked.evaluation_articles} articles; the means are of the lines")
+        raise CheckpointError(f"{error}; to make it again: agrl evaluate {shlex.quote(str(folder))}") from None
+    return Finding(
+        "evaluation", f"{len(arms)} arms on {asked.evaluation_articles} articles; the means are of the lines"
+    )
 
 
 def _check_report(folder: Path) -> Finding:

@@ -18,7 +18,7 @@ WRITTEN = ("", "trained", "untrained")
 Arms = Mapping[str, Sequence[Json]]
 
 
-def check_records(lines: Iterable[Line], asked: Asked, update: int) -> dict[str, list[Json]]:
+def check_records(path: str, lines: Iterable[Line], asked: Asked, update: int) -> dict[str, list[Json]]:
     """Check that every arm has each article once, of this run, update and reward; return the lines by arm.
 
     Raises:
@@ -26,7 +26,6 @@ def check_records(lines: Iterable[Line], asked: Asked, update: int) -> dict[str,
     """
     arms: dict[str, list[Json]] = {}
     expected = {"seed": asked.seed, "update": update, "reward_kind": asked.evaluation_reward}
-    where = "evaluation.jsonl"
     for line in lines:
         where, record = line.where, line.record
         for name, value in expected.items():
@@ -43,13 +42,13 @@ def check_records(lines: Iterable[Line], asked: Asked, update: int) -> dict[str,
     needed = _needed(arms, asked)
     for arm in [*needed, *arms]:
         if arm not in arms:
-            raise CheckpointError(f"{where}: no lines of arm {arm!r}")
+            raise CheckpointError(f"{path}: no lines of arm {arm!r}")
         if len(arms[arm]) != asked.evaluation_articles and (arm in needed or not arm.startswith("planted")):
             raise CheckpointError(
-                f"{where}: {len(arms[arm])} articles of arm {arm!r}; evaluation.articles asks for "
-                f"{asked.evaluation_articles}"
+                f"{path}: {len(arms[arm])} articles of arm {arm!r}; evaluation.articles asks for "
+                f"{asked.evaluation_articles} (agrl verify takes the --evaluation.* that agrl evaluate was given)"
             )
-    _check_pairing(where, arms)
+    _check_pairing(path, arms)
     return arms
 
 
@@ -105,7 +104,7 @@ def check_trajectories_of_arms(path: str, rows: Mapping[str, Sequence[ArmRow]], 
             close = abs(row.reward - record["reward"]) <= ROUNDING * max(1.0, abs(row.reward))
             if row.index != record["index"] or row.picks != record["picks"] or not close:
                 raise CheckpointError(
-                    f"{row.where}: arm {arm!r}, article {row.index!r}, picks {row.picks}, mean reward {row.reward:.6g}; "
+                    f"{row.where}: arm {arm!r}, article {row.index!r}, picks {row.picks}, reward {row.reward:.6g}; "
                     f"evaluation.jsonl has article {record['index']}, {record['picks']}, {record['reward']:.6g}"
                 )
 
@@ -131,7 +130,7 @@ def _check_record(where: str, record: Json) -> None:
             raise CheckpointError(f"{where}: no {name}")
 
 
-def _check_pairing(where: str, arms: Arms) -> None:
+def _check_pairing(path: str, arms: Arms) -> None:
     """Check that an article is the same for all arms, and that a picker's picks are the same whatever the text."""
     pools: dict[int, Any] = {}
     for arm, records in arms.items():
@@ -140,9 +139,9 @@ def _check_pairing(where: str, arms: Arms) -> None:
         for record in records:
             index, pool = record["index"], (record["article"], record["pool"])
             if pools.setdefault(index, pool) != pool:
-                raise CheckpointError(f"{where}: arm {arm!r} has another article or pool at {index} than other arms")
+                raise CheckpointError(f"{path}: arm {arm!r} has another article or pool at {index} than other arms")
             if picks.get(index) != record["picks"]:
-                raise CheckpointError(f"{where}: arm {arm!r} has other picks of article {index} than {owner!r}")
+                raise CheckpointError(f"{path}: arm {arm!r} has other picks of article {index} than {owner!r}")
 
 
 def _unit_means(records: Sequence[Json], unit: str) -> dict[Any, float]:

@@ -30,7 +30,7 @@ class Pair:
     """Bytes of pairs.jsonl up to and with it."""
 
 
-def check_metrics(lines: Iterable[Line], asked: Asked, done: int, state: Json) -> list[Json]:
+def check_metrics(path: str, lines: Iterable[Line], asked: Asked, done: int, state: Json) -> list[Json]:
     """Check that the updates 1 … `done` are there, each once and in order, and what they count; return their metrics.
 
     Raises:
@@ -38,7 +38,6 @@ def check_metrics(lines: Iterable[Line], asked: Asked, done: int, state: Json) -
     """
     records: list[Json] = []
     before: Json = dict.fromkeys(COUNTERS, 0)
-    where = "metrics.jsonl"
     for line in lines:
         where, record, number = line.where, line.record, len(records) + 1
         if record.get("update") != number:
@@ -46,18 +45,20 @@ def check_metrics(lines: Iterable[Line], asked: Asked, done: int, state: Json) -
         if number > done:
             raise CheckpointError(f"{where}: update {number}, and the checkpoint is of update {done}")
         if record.get("episodes") != number * asked.rows:
-            raise CheckpointError(f"{where}: {record.get('episodes')!r} episodes; {number} × {asked.rows} were asked for")
+            raise CheckpointError(
+                f"{where}: {record.get('episodes')!r} episodes; {number} × {asked.rows} were asked for"
+            )
         _check_step(where, record, before)
         records.append(record)
         before = record
     if len(records) < done:
-        raise CheckpointError(f"{where}: the last update is {len(records)}, and the checkpoint is of update {done}")
+        raise CheckpointError(f"{path}: the last update is {len(records)}, and the checkpoint is of update {done}")
     expected = {name: state.get(field) for name, field in COUNTERS.items()}
     if records:
         expected["selection/temperature"] = state.get("temperature")
     for name, value in expected.items():
         if before.get(name) != value:
-            raise CheckpointError(f"{where}: {name} is {before.get(name)!r}, in the checkpoint {value!r}")
+            raise CheckpointError(f"{path}: {name} is {before.get(name)!r}, in the checkpoint {value!r}")
     return records
 
 

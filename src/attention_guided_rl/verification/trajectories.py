@@ -63,7 +63,7 @@ class _Row:
 
 
 def check_trajectories(
-    lines: Iterable[Line], asked: Asked, pairs: Mapping[str, Pair], metrics: list[Json]
+    path: str, lines: Iterable[Line], asked: Asked, pairs: Mapping[str, Pair], metrics: list[Json]
 ) -> Trajectories:
     """Check that the lines of training are those that log.trajectories_every promises, then those of the evaluation.
 
@@ -74,7 +74,7 @@ def check_trajectories(
     sizes: dict[str, int | None] = {"S": asked.steps, "N": asked.num_pairs}
     group: list[_Row] = []
     first: Json = {}
-    where, place = "trajectories.jsonl", next(places, None)
+    place = next(places, None)
     for line in lines:
         where, record = line.where, line.record
         if record.get("phase") == "evaluation" and place is None:
@@ -100,7 +100,7 @@ def check_trajectories(
             group = []
         place = next(places, None)
     if place is not None:
-        raise CheckpointError(f"{where}: it ends where {_named(place)} belongs")
+        raise CheckpointError(f"{path}: it ends where {_named(place)} belongs")
     return found
 
 
@@ -152,7 +152,7 @@ def _check_row(
 
 
 def _check_choices(record: Json, picks: list[int], num_pairs: int) -> float:
-    """Check that every choice was a distribution over the unread pairs; return the mean log-probability of the picks."""
+    """Check that choices were distributions over the unread pairs; return the picks' mean log-probability."""
     logprobs = _numbers(record, "selection_logprobs", (len(picks), num_pairs), may_be_null=True)
     for step, (pick, row) in enumerate(zip(picks, logprobs, strict=True)):
         read = np.isin(np.arange(num_pairs), picks[:step])
