@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import verified
 import yaml
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
@@ -610,6 +611,22 @@ def test_a_damaged_file_of_tensors_is_refused(tmp_path, change):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         read_tensors(path)
+
+
+def test_an_exit_code_that_the_files_belie_is_noticed(whole, tmp_path, monkeypatch):
+    """As test_cli.py and test_remote.py hold every `agrl train` against its files."""
+    command = ["train", "--run", "a", "--runs-folder", str(tmp_path)]
+
+    def finish_and_fail(arguments: list[str]) -> int:
+        shutil.copytree(whole, tmp_path / "a")
+        return 9
+
+    monkeypatch.setattr(cli, "main", lambda arguments: 0)
+    with pytest.raises(ConfigError, match="not a run folder"):
+        verified.main(command)
+    monkeypatch.setattr(cli, "main", finish_and_fail)
+    with pytest.raises(AssertionError, match=r"exit 9, but .*a is complete"):
+        verified.main(command)
 
 
 def test_the_code_is_independent_of_what_it_checks():

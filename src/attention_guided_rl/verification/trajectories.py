@@ -134,8 +134,7 @@ def _check_row(
         for name in record["pairs"] + record["probes"]:
             _require(pairs[name].article == record["article"], f"pair {name!r} is of another article")
         for dimension, size in (("S", len(picks)), ("N", len(pool))):
-            known = sizes.setdefault(dimension, None)
-            sizes[dimension] = size if known is None else known
+            sizes[dimension] = size if sizes[dimension] is None else sizes[dimension]
             _require(size == sizes[dimension], f"{dimension} is {size}, not {sizes[dimension]}")
         _require(record["schema"] == 1, f"schema {record['schema']!r}")
         _require(all(type(p) is int and 0 <= p < len(pool) for p in picks), f"picks {picks} are not in the pool")
