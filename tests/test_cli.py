@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from verified import main
 
-from attention_guided_rl.cli import main, parse_overrides
+from attention_guided_rl.cli import parse_overrides
 from attention_guided_rl.config import Config
 from attention_guided_rl.config_files import load_config
 from attention_guided_rl.errors import ConfigError
@@ -555,6 +556,9 @@ def test_ctrl_c_saves_says_how_to_go_on_and_resuming_completes(agrl):
     assert f"interrupted after update {done}" in out
     line = next(line for line in out.splitlines() if "to go on:" in line)
     _, *resume = shlex.split(line.partition("to go on:")[2])
+    code, _, err = agrl("verify", agrl.runs / "a")
+    assert code == 7
+    assert f"unfinished: {done} of 100000 updates; to go on: agrl train --run a --resume" in only_line(err)
 
     code, _, err = agrl(*resume, "--training.updates", done + 1)
     assert (code, err) == (0, "")

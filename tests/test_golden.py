@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from attention_guided_rl import runs
+from attention_guided_rl.verification import verify_run
 
 GOLDEN = Path(__file__).parent / "golden" / "training.json"
 CASES = {
@@ -62,6 +63,7 @@ def measure(case: str, make_config, folder: Path) -> dict:
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case, make_config, tmp_path):
     found = measure(case, make_config, tmp_path / "run")
+    list(verify_run(tmp_path / "run"))
     golden = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
     if os.environ.get("WRITE_GOLDEN"):
         GOLDEN.write_text(json.dumps({**golden, case: found}, indent=1, sort_keys=True) + "\n", encoding="utf-8")

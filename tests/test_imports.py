@@ -19,13 +19,16 @@ LAYERS = [
     errors interruption records randomness selection statistics secrets memory caching folding data.wikitext
         data.plain_text report report.log_lines report.verdict report.audit
     config model peers reward storage tables data.corpus data.text_files report.trajectories report.tables summary
+        verification.reading
     config_files distributed rl_agent environment template loading tracking network data.hygiene data.encyclopedia
         data.article_cache report.drawing report.run_files report.figures run_settings fingerprints
-    branching ema data.hub_dataset data.multistream data.mediawiki_reply report.html compare
-    objective data.mediawiki data.dump_xml
-    data.files data.dump data.hub data.wikipedia data.pairs embedders.cache
+        verification.checkpoint
+    branching ema data.hub_dataset data.multistream data.mediawiki_reply report.html compare verification.settings
+    objective data.mediawiki data.dump_xml verification.logs
+    data.files data.dump data.hub data.wikipedia data.pairs embedders.cache verification.trajectories
     data scorer rollouts survey_counts embedders.text embedders.attention embedders.hashing
-    sizes embedders.openai embedders.sentence_transformers
+        verification.evaluation
+    sizes embedders.openai embedders.sentence_transformers verification
     embedders
     session checkpoint
     update oracle pickers diagnostics
@@ -131,7 +134,8 @@ import contextlib, importlib, io, json, sys
 from attention_guided_rl.cli import main
 heavy = ("torch", "transformers", "matplotlib", "accelerate", "datasets", "scipy")
 loaded = {}
-for arguments in ([], ["--help"], ["--version"], ["config"], ["evaluate", "--help"], ["report", "no-such-run"]):
+for arguments in ([], ["--help"], ["--version"], ["config"], ["evaluate", "--help"], ["report", "no-such-run"],
+                  ["verify", "no-such-run"]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         main(arguments)
     loaded[" ".join(arguments)] = [name for name in heavy if name in sys.modules]
@@ -175,7 +179,8 @@ def probe() -> dict:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "--help", "--version", "config", "evaluate --help", "report no-such-run", "import"]
+    "command",
+    ["", "--help", "--version", "config", "evaluate --help", "report no-such-run", "verify no-such-run", "import"],
 )
 def test_what_needs_no_model_does_not_wait_for_torch(probe, command):
     assert probe["loaded"][command] == []

@@ -83,6 +83,7 @@ from attention_guided_rl.selection import head_scores, sample, selection_logprob
 from attention_guided_rl.template import Template, assemble, build_template
 from attention_guided_rl.texts import with_key_text
 from attention_guided_rl.update import apply_update, make_optimizer
+from attention_guided_rl.verification import verify_run
 
 SHAPES = ("llama", "qwen3", "gpt2")
 each_shape = pytest.mark.parametrize("shape", SHAPES)
@@ -1233,6 +1234,7 @@ def test_law_10_a_pair_is_written_once_whether_resumed_or_not(make_config, tmp_p
         for number, total in enumerate(updates):
             config = make_config({"training.updates": total, "evaluation.articles": 2})
             runs.train(config, tmp_path / name, resume=number > 0)
+            list(verify_run(tmp_path / name))
     for log in ("evaluation.jsonl", "evaluation.json", "trajectories.jsonl", "pairs.jsonl"):  # of one evaluation only
         assert (tmp_path / "whole" / log).read_bytes() == (tmp_path / "halves" / log).read_bytes(), log
     pairs = [r["pair"] for r in lines(tmp_path / "whole" / "pairs.jsonl")]

@@ -20,10 +20,10 @@ from accelerate import PartialState
 from fake_embeddings import KEY, TRANSIENT, EmbeddingServer, Request
 from fake_mediawiki import FakeMediaWiki, Page, reset, status
 from transformers import LlamaConfig, LlamaForCausalLM
+from verified import main
 
 from attention_guided_rl import runs
 from attention_guided_rl.arms import run_arms
-from attention_guided_rl.cli import main
 from attention_guided_rl.config_files import load_config
 from attention_guided_rl.embedders.text import CANARIES
 from attention_guided_rl.evaluation import evaluation_records

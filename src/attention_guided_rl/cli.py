@@ -1,8 +1,9 @@
 """The command line: parse, call, turn errors into one line and an exit code. No logic of its own.
 
 Exit codes: 0 done · 2 usage or configuration, or one that failed its audit · 3 corpus · 4 credentials · 5 remote
-service · 6 spending cap or quota · 7 checkpoint · 8 storage · 9 non-finite numbers · 12 run folder in use · 13 refused
-for safety · 70 a bug of ours · 129/130/143 interrupted by SIGHUP, SIGINT, SIGTERM, saved.
+service · 6 spending cap or quota · 7 checkpoint, or a run that does not verify · 8 storage · 9 non-finite numbers ·
+11 another process lost · 12 run folder in use · 13 refused for safety · 70 a bug of ours · 129/130/143 interrupted by
+SIGHUP, SIGINT, SIGTERM, saved.
 """
 
 import argparse
@@ -170,6 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", metavar="RUN", type=Path, help="run folder")
     report.add_argument("--out", metavar="FILE", type=Path, help="where to write it; default: RUN/report.html")
 
+    verify = add("verify", _verify, "derive again from a run's files that it is complete", configurable=False)
+    verify.add_argument("run", metavar="RUN", type=Path, help="run folder")
+
     rollout = add("rollout", _rollout, "show one trajectory as a person reads it", configurable=False)
     rollout.add_argument("run", metavar="RUN", type=Path, nargs="?", help="run folder; without: the untrained model")
     rollout.add_argument("--preset", metavar="NAME", help="without RUN: the preset to show untrained")
@@ -258,6 +262,15 @@ def _report(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     if overrides:
         raise ConfigError(f"command line: --{next(iter(overrides))} cannot be set for a report of what has been run")
     print(write_report(options.run, options.out))
+    return 0
+
+
+def _verify(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from attention_guided_rl.verification import verify_run
+
+    print(f"{'check':<28}{'found':<80}ok")
+    for finding in verify_run(options.run, overrides):
+        print(f"{finding.check:<28}{finding.found:<80}ok")
     return 0
 
 

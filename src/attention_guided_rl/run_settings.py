@@ -47,6 +47,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: cannot be read: nested too deeply") from None
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{path}: not a configuration")
     return flatten(settings)
