@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BENCH := .venv-bench
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: setup demo test check format bench bench-long bench-gpu bench-growth
+.PHONY: setup demo test torture check format bench bench-long bench-gpu bench-growth
 
 setup: $(VENV)/.installed
 
@@ -21,6 +21,9 @@ demo: setup  ## train and evaluate the embedded default, in a new run folder
 
 test: setup  ## run the tests
 	@$(PYTEST)
+
+torture: setup  ## kill, starve and damage runs at every point, not at some: about half an hour
+	AGRL_TORTURE=1 $(BIN)/python -m pytest --timeout 7200 tests/survival tests/test_checkpoint.py
 
 check: setup  ## format, lint, types, tests
 	$(BIN)/ruff format --check .

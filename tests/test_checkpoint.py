@@ -1,6 +1,8 @@
 """Checkpoints: everything comes back, damage of any file is seen and named, and the adapter is an ordinary one."""
 
 import json
+import os
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -241,6 +243,31 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_used(run, damage):
         assert latest_checkpoint(run) == checkpoint_path(run, 1), name
         path.write_bytes(good)
     assert latest_checkpoint(run) == newest  # it was each of them alone
+
+
+def test_damage_anywhere_is_noticed_and_the_older_checkpoint_used(run):
+    """Bits flipped, files cut, zeroed, swapped or removed, at places drawn at random."""
+    numbers = random.Random(0)
+    newest = checkpoint_path(run, 2)
+    files = {name: (newest / name).read_bytes() for name in files_of(newest)}
+    unnoticed = []
+    for trial in range(1700 if os.environ.get("AGRL_TORTURE") else 200):
+        name = numbers.choice(list(files))
+        good, place = files[name], numbers.randrange(len(files[name]))
+        bad = {
+            "flipped": flip(good, place, numbers.randrange(8)),
+            "cut": good[:place],
+            "zeroed": good[:place] + bytes(len(good) - place),
+            "swapped": numbers.choice([other for other in files.values() if other != good]),
+            "removed": None,
+        }
+        kind = numbers.choice([kind for kind, content in bad.items() if content != good])
+        (newest / name).unlink() if bad[kind] is None else (newest / name).write_bytes(bad[kind])
+        if latest_checkpoint(run) != checkpoint_path(run, 1):
+            unnoticed.append((trial, name, kind, place))
+        (newest / name).write_bytes(good)
+    assert unnoticed == []
+    assert latest_checkpoint(run) == newest
 
 
 def test_a_missing_file_is_named_and_the_older_checkpoint_used(run):

@@ -17,6 +17,7 @@ from warm import Warm
 
 from attention_guided_rl.embedders.cache import VectorStore
 from attention_guided_rl.embedders.text import STORE
+from attention_guided_rl.verification import verify_run
 
 TORTURE = bool(os.environ.get("AGRL_TORTURE"))
 """Whether every point is tried, not some."""
@@ -95,7 +96,10 @@ class Trials:
     def train(self, run: Path, *more: str, **how: Any) -> int:
         """Begin a run, or go on with it; return the exit code, minus 9 where it was killed."""
         self._service.forget_what_was_lost(run.parent / "cache", self._identity)
-        return self._parent(self._command(run, *more), folder=run.parent, log=self._log(run), **how)
+        code = self._parent(self._command(run, *more), folder=run.parent, log=self._log(run), **how)
+        if code == 0:
+            list(verify_run(run))
+        return code
 
     def start(self, run: Path, rank: int, **how: Any) -> int:
         """Begin a run as one of several processes; return its process id."""
