@@ -19,7 +19,9 @@ from attention_guided_rl.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_weights,
+    remove_old_checkpoints,
     save_checkpoint,
+    updates_of,
     verify,
 )
 from attention_guided_rl.data.pairs import Position
@@ -359,6 +361,46 @@ def test_damage_is_never_repaired_by_deleting(run):
     before = files_of(run)
     latest_checkpoint(run)
     assert files_of(run) == before
+
+
+# -- which ones are kept -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def five(make_model, tmp_path) -> Path:
+    """A run with the checkpoints 1 to 5."""
+    model = make_model("llama")
+    for update in range(1, 6):
+        save_checkpoint(tmp_path, replace(STATE, update=update), model, trained(model), LOGS, README)
+    return tmp_path
+
+
+def updates_kept(run: Path) -> list[int]:
+    return sorted(updates_of(path) for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keep", "spared", "kept"),
+    [(2, None, [4, 5]), (3, 1, [1, 3, 4, 5]), (9, None, [1, 2, 3, 4, 5]), (None, None, [1, 2, 3, 4, 5])],
+)
+def test_the_newest_are_kept_and_the_last_without_an_alarm(five, keep, spared, kept):
+    remove_old_checkpoints(five, keep, spared)
+    assert updates_kept(five) == kept
+
+
+def test_a_damaged_checkpoint_does_not_count_among_the_kept_and_is_not_removed(five):
+    for update in (5, 3):
+        (checkpoint_path(five, update) / "state.json").write_bytes(b"{}")
+    remove_old_checkpoints(five, 2, None)
+    assert updates_kept(five) == [2, 3, 4, 5]
+    assert latest_checkpoint(five) == checkpoint_path(five, 4)
+
+
+def test_how_many_updates_are_lost_is_said(five, caplog):
+    for update in (5, 4):
+        (checkpoint_path(five, update) / "state.json").write_bytes(b"{}")
+    latest_checkpoint(five)
+    assert "going back to update-000003: 2 updates are lost and will be done again" in caplog.text
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------

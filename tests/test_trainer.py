@@ -2,20 +2,23 @@
 
 import itertools
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from failing import FailingEmbedder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from attention_guided_rl import runs
 from attention_guided_rl.checkpoint import checkpoint_path, latest_checkpoint
-from attention_guided_rl.config import LogConfig
+from attention_guided_rl.config import Config, LogConfig
+from attention_guided_rl.config_files import load_config
 from attention_guided_rl.distributed import Processes
-from attention_guided_rl.errors import CheckpointError, NumericError, SpendError, StorageError
+from attention_guided_rl.errors import CheckpointError, ConfigError, NumericError, SpendError, StorageError
 from attention_guided_rl.records import Article
 from attention_guided_rl.session import Session
 from attention_guided_rl.tracking import RunLogs
@@ -188,3 +191,53 @@ def test_attribution_that_cannot_be_written_is_a_matter_of_storage(tmp_path):
         (tmp_path / "ATTRIBUTION.md").mkdir()
         with pytest.raises(StorageError, match=r"ATTRIBUTION\.md"):
             logs.attribute([article])
+
+
+# -- what a resume refuses ---------------------------------------------------------------------------------------------
+
+
+def test_another_base_model_under_the_same_name_is_refused(make_config, model_folder, tmp_path):
+    model = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    config = make_config({"model.name": str(model), "training.updates": 1})
+    runs.train(config, tmp_path / "run")
+    weights = load_file(model / "model.safetensors")
+    save_file({name: w * 1.01 for name, w in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="the base model is not the one"):
+        runs.train(replace_updates(config, 2), tmp_path / "run", resume=True)
+    with pytest.raises(CheckpointError, match="the base model is not the one"):
+        runs.evaluate(tmp_path / "run", {"evaluation.articles": 1})
+
+
+def test_another_tokenizer_under_the_same_name_is_refused(make_config, model_folder, tmp_path):
+    model = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    config = make_config({"model.name": str(model), "training.updates": 1})
+    runs.train(config, tmp_path / "run")
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["ba"], vocabulary["be"] = vocabulary["be"], vocabulary["ba"]
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="the tokenizer is not the one"):
+        runs.train(replace_updates(config, 2), tmp_path / "run", resume=True)
+
+
+def test_a_configuration_edited_by_hand_is_refused_with_the_difference(make_config, tmp_path):
+    """The checkpoint has a copy of its own."""
+    runs.train(make_config({"training.updates": 1}), tmp_path / "run")
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace("learning_rate: 0.01", "learning_rate: 0.02"))
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate: 0\.01 → 0\.02"):
+        runs.train(load_config(files=[path]), tmp_path / "run", resume=True)
+
+
+def test_logs_without_any_checkpoint_are_not_begun_anew(make_config, tmp_path):
+    config = make_config({"training.updates": 1})
+    runs.train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match="its checkpoints are gone"):
+        runs.train(config, tmp_path / "run", resume=True)
+    assert len(metrics_of(tmp_path / "run")) == 1
+
+
+def replace_updates(config: Config, updates: int) -> Config:
+    return replace(config, training=replace(config.training, updates=updates))

@@ -172,6 +172,7 @@ def _child(job: Mapping[str, Any]) -> None:
 def _serve() -> None:
     import importlib
 
+    sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # the package beside these tests, if there is another
     import torch
 
     torch.set_num_threads(1)
