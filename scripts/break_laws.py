@@ -23,6 +23,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from broken_promises import BROKEN_PROMISES
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path("src") / "attention_guided_rl"
 COPIED = ("src", "tests", "configs", "pyproject.toml")
@@ -417,6 +419,7 @@ MUTATIONS = (
         ("network.py", "if left <= 0:", "if False:"),
         ("network.py", "left if timeout is None else min(timeout, left)", "timeout"),
     ),
+    *(mistake(name, tests, *edits) for name, tests, *edits in BROKEN_PROMISES),
 )  # fmt: skip
 
 
