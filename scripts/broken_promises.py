@@ -1,4 +1,4 @@
-"""Mistakes that break a promise of docs/reliability.md, for break_laws.py: what is replaced where, and who must see it."""
+"""Mistakes that break a promise of docs/reliability.md, for break_laws.py: what is replaced where, who must see it."""
 
 KILL = "survival/test_kill: any_file_operation"
 SIGNALS = "survival/test_signals: "
@@ -7,83 +7,220 @@ STORAGE = "survival/test_storage: "
 # name, tests, (file, text that occurs exactly once, replacement) ...
 BROKEN_PROMISES = (
     # checkpoints
-    ("an optimiser moment is dropped", "test_checkpoint: moments_come_back",
-     ("checkpoint.py", "            flat[f\"{name}|{key}\"] = value", "            if key != \"exp_avg_sq\":\n                flat[f\"{name}|{key}\"] = value")),
-    ("the running scale is not restored", "test_checkpoint: moments_come_back",
-     ("checkpoint.py", 'scale=agent["scale"]', "scale=None")),
-    ("the place in the data is not restored", "test_checkpoint: moments_come_back",
-     ("checkpoint.py", 'position=Position(**data.pop("position"))', "position=Position(**data.pop(\"position\")) and Position()")),
-    ("the stream begins at the beginning", "survival/test_resume: any_update",
-     ("trainer.py", "        stream.resume(state.position)\n", "")),
-    ("digests are not compared", "test_checkpoint: damage_anywhere",
-     ("checkpoint.py", "if _sha256(path / name) != digest:", "if False:")),
-    ("the manifest vouches for itself", "test_checkpoint: flipped_bit",
-     ("checkpoint.py", "if own_digest != _manifest_digest(manifest):", "if False:")),
-    ("a file too many is not seen", "test_checkpoint: extra_file",
-     ("checkpoint.py", "sorted(present ^ set(listed))", "sorted(set(listed) - present)")),
-    ("a damaged checkpoint counts as good", "test_checkpoint: does_not_count",
-     ("checkpoint.py", "                verify(path)\n                good += 1", "                good += 1")),
-    ("one too few is kept", "test_checkpoint: newest_are_kept", ("checkpoint.py", "if good < keep:", "if good < keep - 1:")),
-    ("the last without an alarm is removed", "test_checkpoint: newest_are_kept",
-     ("checkpoint.py", "elif spared is None or path != checkpoint_path(run, spared):", "else:")),
-    ("the oldest checkpoint is used", "test_checkpoint: newest_checkpoint_is_used",
-     ("checkpoint.py", "key=updates_of, reverse=True)", "key=updates_of)")),
-    ("checkpoints that are left over stay after a resume", KILL,
-     ("trainer.py", "        remove_old_checkpoints(run, session.config.training.keep_checkpoints, state.last_good)\n        return",
-      "        return")),
-    ("another base model is not noticed", "test_trainer: base_model",
-     ("checkpoint.py", "if now.get(name, then) != then:", "if False:")),
-    ("an edited configuration is not noticed", "test_trainer: edited_by_hand",
-     ("runs.py", "        then = latest_checkpoint(folder)\n", "        then = latest_checkpoint(folder) and folder\n")),
-    ("logs without checkpoints are begun anew", "test_trainer: begun_anew",
-     ("runs.py", "elif any(path.stat().st_size for path in folder.glob(\"*.jsonl\")):", "elif False:")),
-    ("less than is done counts as done", "survival/test_resume: fewer_updates",
-     ("runs.py", "if done > config.training.updates:", "if False:")),
+    (
+        "an optimiser moment is dropped",
+        "test_checkpoint: moments_come_back",
+        (
+            "checkpoint.py",
+            '            flat[f"{name}|{key}"] = value',
+            '            if key != "exp_avg_sq":\n                flat[f"{name}|{key}"] = value',
+        ),
+    ),
+    (
+        "the running scale is not restored",
+        "test_checkpoint: moments_come_back",
+        ("checkpoint.py", 'scale=agent["scale"]', "scale=None"),
+    ),
+    (
+        "the place in the data is not restored",
+        "test_checkpoint: moments_come_back",
+        (
+            "checkpoint.py",
+            'position=Position(**data.pop("position"))',
+            'position=Position(**data.pop("position")) and Position()',
+        ),
+    ),
+    (
+        "the stream begins at the beginning",
+        "survival/test_resume: any_update",
+        ("trainer.py", "        stream.resume(state.position)\n", ""),
+    ),
+    (
+        "digests are not compared",
+        "test_checkpoint: damage_anywhere",
+        ("checkpoint.py", "if _sha256(path / name) != digest:", "if False:"),
+    ),
+    (
+        "the manifest vouches for itself",
+        "test_checkpoint: flipped_bit",
+        ("checkpoint.py", "if own_digest != _manifest_digest(manifest):", "if False:"),
+    ),
+    (
+        "a file too many is not seen",
+        "test_checkpoint: extra_file",
+        ("checkpoint.py", "sorted(present ^ set(listed))", "sorted(set(listed) - present)"),
+    ),
+    (
+        "a damaged checkpoint counts as good",
+        "test_checkpoint: does_not_count",
+        ("checkpoint.py", "                verify(path)\n                good += 1", "                good += 1"),
+    ),
+    (
+        "one too few is kept",
+        "test_checkpoint: newest_are_kept",
+        ("checkpoint.py", "if good < keep:", "if good < keep - 1:"),
+    ),
+    (
+        "the last without an alarm is removed",
+        "test_checkpoint: newest_are_kept",
+        ("checkpoint.py", "elif spared is None or path != checkpoint_path(run, spared):", "else:"),
+    ),
+    (
+        "the oldest checkpoint is used",
+        "test_checkpoint: newest_checkpoint_is_used",
+        ("checkpoint.py", "key=updates_of, reverse=True)", "key=updates_of)"),
+    ),
+    (
+        "checkpoints that are left over stay after a resume",
+        KILL,
+        (
+            "trainer.py",
+            "        remove_old_checkpoints(run, session.config.training.keep_checkpoints, state.last_good)\n"
+            "        return",
+            "        return",
+        ),
+    ),
+    (
+        "another base model is not noticed",
+        "test_trainer: base_model",
+        ("checkpoint.py", "if now.get(name, then) != then:", "if False:"),
+    ),
+    (
+        "an edited configuration is not noticed",
+        "test_trainer: edited_by_hand",
+        (
+            "runs.py",
+            "        then = latest_checkpoint(folder)\n",
+            "        then = latest_checkpoint(folder) and folder\n",
+        ),
+    ),
+    (
+        "logs without checkpoints are begun anew",
+        "test_trainer: begun_anew",
+        ("runs.py", 'elif any(path.stat().st_size for path in folder.glob("*.jsonl")):', "elif False:"),
+    ),
+    (
+        "less than is done counts as done",
+        "survival/test_resume: fewer_updates",
+        ("runs.py", "if done > config.training.updates:", "if False:"),
+    ),
     # order and durability of what is written
-    ("a file of a checkpoint is not synced", STORAGE + "before_it_has_its_name",
-     ("checkpoint.py", "for target in [*files, path,", "for target in [*files[1:], path,")),
-    ("a checkpoint's folder is not synced", STORAGE + "before_it_has_its_name",
-     ("checkpoint.py", "if p.is_dir()), staged]:", "if p.is_dir())]:")),
-    ("a new name is not synced", STORAGE + "before_it_has_its_name",
-     ("storage.py", "    os.rename(old, new)\n    sync(new.parent)\n", "    os.rename(old, new)\n")),
-    ("a checkpoint is written in its place", KILL,
-     ("checkpoint.py", 'staged = final.parent / f".staged-{final.name}"', "staged = final.parent / final.name")),
-    ("a run folder is made step by step", "survival/test_signals: before_training",
-     ("runs.py", 'staged = folder.with_name(f".staged-{folder.name}")', "staged = folder")),
-    ("what is half done stays", STORAGE + "full_from",
-     ("runs.py", "            remove_leftovers(folder)\n", "")),
+    (
+        "a file of a checkpoint is not synced",
+        STORAGE + "before_it_has_its_name",
+        ("checkpoint.py", "for target in [*files, path,", "for target in [*files[1:], path,"),
+    ),
+    (
+        "a checkpoint's folder is not synced",
+        STORAGE + "before_it_has_its_name",
+        ("checkpoint.py", "if p.is_dir()), staged]:", "if p.is_dir())]:"),
+    ),
+    (
+        "a new name is not synced",
+        STORAGE + "before_it_has_its_name",
+        ("storage.py", "    os.rename(old, new)\n    sync(new.parent)\n", "    os.rename(old, new)\n"),
+    ),
+    (
+        "a checkpoint is written in its place",
+        KILL,
+        ("checkpoint.py", 'staged = final.parent / f".staged-{final.name}"', "staged = final.parent / final.name"),
+    ),
+    (
+        "a run folder is made step by step",
+        "survival/test_signals: before_training",
+        ("runs.py", 'staged = folder.with_name(f".staged-{folder.name}")', "staged = folder"),
+    ),
+    ("what is half done stays", STORAGE + "full_from", ("runs.py", "            remove_leftovers(folder)\n", "")),
     ("logs are not cut back", KILL, ("tracking.py", "    os.truncate(path, length)\n", "")),
-    ("sources are not cut back", KILL,
-     ("tracking.py", "paths = [run / name for name in (*LOGS, ATTRIBUTION) if", "paths = [run / name for name in LOGS if")),
-    ("a killed transaction holds the store", SIGNALS + "before_training",
-     ("embedders/cache.py", "                yield\n                io_step(\"commit vectors\" if durable else \"commit claims\")\n"
-      "                self._db.execute(\"COMMIT\")\n            except", "                yield\n            except"),
-     ("embedders/cache.py", "                    self._db.execute(\"ROLLBACK\")\n                raise\n",
-      "                    self._db.execute(\"ROLLBACK\")\n                raise\n            io_step(\"commit\")\n"
-      "            self._db.execute(\"COMMIT\")\n")),
-    ("a full disk is a bug", STORAGE + "full_from",
-     ("checkpoint.py", "    except (OSError, SafetensorError) as error:  # safetensors",
-      "    except SafetensorError as error:  # safetensors")),
+    (
+        "sources are not cut back",
+        KILL,
+        (
+            "tracking.py",
+            "paths = [run / name for name in (*LOGS, ATTRIBUTION) if",
+            "paths = [run / name for name in LOGS if",
+        ),
+    ),
+    (
+        "a killed transaction holds the store",
+        SIGNALS + "before_training",
+        (
+            "embedders/cache.py",
+            '                yield\n                io_step("commit vectors" if durable else "commit claims")\n'
+            '                self._db.execute("COMMIT")\n            except',
+            "                yield\n            except",
+        ),
+        (
+            "embedders/cache.py",
+            '                    self._db.execute("ROLLBACK")\n                raise\n',
+            '                    self._db.execute("ROLLBACK")\n                raise\n            io_step("commit")\n'
+            '            self._db.execute("COMMIT")\n',
+        ),
+    ),
+    (
+        "a full disk is a bug",
+        STORAGE + "full_from",
+        (
+            "checkpoint.py",
+            "    except (OSError, SafetensorError) as error:  # safetensors",
+            "    except SafetensorError as error:  # safetensors",
+        ),
+    ),
     # randomness that a resume must find again
-    ("dropout goes on from wherever it was", "survival/test_resume: any_update",
-     ("update.py", "        torch.manual_seed(_dropout_seed(config.training.seed, update, processes.rank, number))\n", "")),
+    (
+        "dropout goes on from wherever it was",
+        "survival/test_resume: any_update",
+        (
+            "update.py",
+            "        torch.manual_seed(_dropout_seed(config.training.seed, update, processes.rank, number))\n",
+            "",
+        ),
+    ),
     # signals and terminals
-    ("a signal saves nothing", SIGNALS + "saves_and",
-     ("trainer.py", "        if saved != checkpoint_path(run, state.update):\n            save(session, run, state, optimizer, logs)\n    return",
-      "    return")),
-    ("an interrupted run says that it is done", SIGNALS + "saves_and",
-     ("cli.py", "return 128 + result.trained.interrupted_by", "return 0")),
-    ("SIGTERM ends as SIGINT does", SIGNALS + "before_training",
-     ("cli.py", 'return 128 + getattr(stopped, "number", signal.SIGINT)', "return 128 + signal.SIGINT")),
-    ("the second signal is collected too", SIGNALS + "second_signal",
-     ("interruption.py", "        if received:\n            raise Stopped(number)\n", "")),
-    ("nohup is not respected", SIGNALS + "hanging_up",
-     ("interruption.py", "if signal.getsignal(number) != signal.SIG_IGN:", "if True:")),
-    ("a run ends with the reader of its output", SIGNALS + "nobody_reads",
-     ("interruption.py", "except BrokenPipeError:  # what", "except ZeroDivisionError:  # what")),
+    (
+        "a signal saves nothing",
+        SIGNALS + "saves_and",
+        (
+            "trainer.py",
+            "        if saved != checkpoint_path(run, state.update):\n"
+            "            save(session, run, state, optimizer, logs)\n    return",
+            "    return",
+        ),
+    ),
+    (
+        "an interrupted run says that it is done",
+        SIGNALS + "saves_and",
+        ("cli.py", "return 128 + result.trained.interrupted_by", "return 0"),
+    ),
+    (
+        "SIGTERM ends as SIGINT does",
+        SIGNALS + "before_training",
+        ("cli.py", 'return 128 + getattr(stopped, "number", signal.SIGINT)', "return 128 + signal.SIGINT"),
+    ),
+    (
+        "the second signal is collected too",
+        SIGNALS + "second_signal",
+        ("interruption.py", "        if received:\n            raise Stopped(number)\n", ""),
+    ),
+    (
+        "nohup is not respected",
+        SIGNALS + "hanging_up",
+        ("interruption.py", "if signal.getsignal(number) != signal.SIG_IGN:", "if True:"),
+    ),
+    (
+        "a run ends with the reader of its output",
+        SIGNALS + "nobody_reads",
+        ("interruption.py", "except BrokenPipeError:  # what", "except ZeroDivisionError:  # what"),
+    ),
     # processes
-    ("a frozen process is waited for", "survival/test_peers: loss_of",
-     ("peers.py", "if rank not in self.left() and silent > SILENCE:", "if False:")),
-    ("a lost process is not told from a bug", "survival/test_peers: loss_of",
-     ("distributed.py", "            if self._peers is None:\n                raise\n", "            raise\n")),
-)  # fmt: skip
+    (
+        "a frozen process is waited for",
+        "survival/test_peers: loss_of",
+        ("peers.py", "if rank not in self.left() and silent > SILENCE:", "if False:"),
+    ),
+    (
+        "a lost process is not told from a bug",
+        "survival/test_peers: loss_of",
+        ("distributed.py", "            if self._peers is None:\n                raise\n", "            raise\n"),
+    ),
+)
