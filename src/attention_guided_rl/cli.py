@@ -1,8 +1,8 @@
 """The command line: parse, call, turn errors into one line and an exit code. No logic of its own.
 
 Exit codes: 0 done · 2 usage or configuration, or one that failed its audit · 3 corpus · 4 credentials · 5 remote
-service · 6 spending cap or quota · 7 checkpoint · 8 storage · 9 non-finite numbers · 12 run folder in use · 13 refused
-for safety · 70 a bug of ours · 130/143 interrupted, saved.
+service · 6 spending cap or quota · 7 checkpoint · 8 storage · 9 non-finite numbers · 10 memory · 12 run folder in use ·
+13 refused for safety · 70 a bug of ours · 130/143 interrupted, saved.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from attention_guided_rl.errors import AgrlError, ConfigError
+from attention_guided_rl.errors import AgrlError, ConfigError, MemoryLimitError
 from attention_guided_rl.secrets import redact
 
 # Everything heavy (torch, transformers) is imported by the command that needs it, so that --help stays fast.
@@ -47,7 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("agrl: interrupted", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        memory = sys.modules.get("attention_guided_rl.memory")  # nothing runs out before it is there
+        if memory is not None and memory.ran_out(error):
+            print(
+                "agrl: error: out of memory; lower evaluation.batch_articles, or take a smaller model", file=sys.stderr
+            )
+            return MemoryLimitError.exit_code
         print(redact(traceback.format_exc()), file=sys.stderr)
         print("agrl: error: a bug of ours; please report the lines above", file=sys.stderr)
         return AgrlError.exit_code

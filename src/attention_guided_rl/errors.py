@@ -55,6 +55,12 @@ class NumericError(AgrlError):
     exit_code = 9
 
 
+class MemoryLimitError(AgrlError):
+    """Memory ran out, and there is nothing left to do in smaller parts."""
+
+    exit_code = 10
+
+
 class RunInUseError(AgrlError):
     """The run folder exists already, or another process works in it."""
 

@@ -172,9 +172,7 @@ def _first_update(session: Session, pool: PairPool, uniforms: Tensor) -> tuple[P
 
     def step() -> bool:
         optimizer = make_optimizer(session, config.optimizer)
-        return (
-            has_gradient and apply_update(session, optimizer, paid, pool, advantages, paid.rewards.rewards, 0).stepped
-        )
+        return has_gradient and apply_update(session, optimizer, paid, pool, advantages, 0).stepped
 
     with _put_back(session):
         stepped, *update = _measured(device, step)
