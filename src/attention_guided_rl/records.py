@@ -212,7 +212,8 @@ def join_rows(parts: Sequence[TrajectoryBatch]) -> TrajectoryBatch:
     first, *others = parts
     if not others:
         return first
-    columns = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(first) if f.name != "layout"}
+    names = [f.name for f in fields(first) if f.name != "layout"]
+    columns: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     return replace(first, **columns)
 
 
