@@ -80,7 +80,7 @@ class RowLimit:
     @contextlib.contextmanager
     def watch(self, doing: str, num_rows: int) -> Iterator[None]:
         """Raise MemoryLimitError where memory runs out while doing something to so many rows."""
-        with out_of_memory(f"{doing}, {min(self.rows, num_rows)} rows × {self.row_len} tokens at a time"):
+        with out_of_memory(f"{doing}: {min(self.rows, num_rows)} rows × {self.row_len} tokens at a time"):
             yield
 
     def fit(self, num_rows: int, work: Callable[[], Result]) -> Result:
@@ -98,13 +98,13 @@ class RowLimit:
                 at_once, said = min(self.rows, num_rows), str(error)
                 if at_once <= 1:
                     raise MemoryLimitError(
-                        f"{said}: one row is too much; lower rollout.steps or rollout.context_tokens, set model.dtype: "
-                        "bfloat16, or take a smaller model"
+                        f"{said}; lower rollout.steps or rollout.context_tokens, set model.dtype: bfloat16, or take a "
+                        "smaller model"
                     ) from None
             self.lower(at_once // 2)
-            logger.warning("%s; going on with %d rows at a time", said, self.rows)
-            gc.collect()  # an error that met others on its way is in a cycle with the frames that hold the tensors
+            logger.warning("%s; going on with %d", said, self.rows)
             if torch.cuda.is_initialized():
+                gc.collect()  # the error may be in a cycle with the frames that hold the tensors
                 torch.cuda.empty_cache()
 
 
