@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from attention_guided_rl.config import ModelConfig
 from attention_guided_rl.errors import CheckpointError, ConfigError, CredentialsError, RemoteError, UnsafeError
 from attention_guided_rl.guard import first_tensor
+from attention_guided_rl.memory import ran_out
 from attention_guided_rl.model import LanguageModel
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-lm"
@@ -102,6 +103,8 @@ def _load_errors(config: ModelConfig) -> Iterator[None]:
     except (
         *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError),
     ) as error:
+        if ran_out(error):
+            raise
         raise ConfigError(f"model.name: cannot load {config.name!r}: {_one_line(error)}") from error
 
 

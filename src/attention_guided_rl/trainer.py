@@ -223,7 +223,10 @@ def log_update(
             learned.advantages.keep[start : start + paid.rows.num_rows],
         )  # fmt: skip
         trajectories = processes.gather_objects(records)
-        prior = session.prior(pool) if session.scorer.live else paid.prior
+        prior = paid.prior
+        if session.scorer.live:
+            with processes.meeting():
+                prior = session.prior(pool)
         pairs = processes.gather_objects(pair_records(pool, prior, session.model))
         articles = processes.gather_objects(list(pool.articles))
         if logs is not None:
