@@ -40,7 +40,7 @@ def update_step(case: Case, optimizer: Any, pool: PairPool, uniforms: torch.Tens
     rewards = paid.rewards.rewards
     advantages, _ = compute_advantages(rewards, config.objective, AgentState(), rollout.trajectories)
     with _memory(clock, "update"), clock.phase("update") if clock else contextlib.nullcontext():
-        apply_update(session, optimizer, paid, pool, advantages, rewards, 0)
+        apply_update(session, optimizer, paid, pool, advantages, 0)
     row_metrics(session, paid, advantages, rewards)
     return paid
 

@@ -420,6 +420,68 @@ MUTATIONS = (
         ("network.py", "left if timeout is None else min(timeout, left)", "timeout"),
     ),
     *(mistake(name, tests, *edits) for name, tests, *edits in BROKEN_PROMISES),
+    # promises about numbers that are not finite and memory that runs out
+    mistake(
+        "an update trusts the numbers of its rollout", "test_guard: changes_nothing and float32",
+        ("trainer.py", "place = first_place(numbers, processes.gather_rows)", "place = None"),
+    ),
+    mistake(
+        "a bad gradient is stepped along", "test_guard: three_in_a_row",
+        ("update.py", "    if place is None:\n        for group", "    if True:\n        for group"),
+    ),
+    mistake(
+        "statistics learn from a skipped update", "test_guard: changes_nothing and float32",
+        ("trainer.py", "agent=agent if outcome.finite else state.agent", "agent=agent"),
+    ),
+    mistake(
+        "figures are of the finite rest", "test_guard: changes_nothing and float32",
+        ("diagnostics.py", "(selection != -math.inf).sum(-1) >= 2", "(selection > -math.inf).sum(-1) >= 2"),
+    ),
+    mistake(
+        "an endless score passes for a pair that is never picked", "test_guard: no_number_spoils",
+        ("selection.py", "return mean.masked_fill(broken, torch.nan)", "return mean"),
+    ),
+    mistake(
+        "an overflow passes for probability 0", "test_guard: probability_0",
+        ("model.py", "        total = total.masked_fill(total == torch.inf, torch.nan)", "        total = total"),
+    ),
+    mistake(
+        "a bad weight is skipped like any number", "test_guard: bad_weight_ends",
+        ("trainer.py", "if place is not None and place.startswith(WEIGHT):", "if False:"),
+    ),
+    mistake(
+        "bad weights are saved", "test_guard: is_not_written",
+        ("checkpoint.py", "if bad := first_tensor([*model", "if False and first_tensor([*model"),
+    ),
+    mistake(
+        "bad weights are loaded", "test_guard: is_not_loaded and adapter",
+        ("checkpoint.py", "if bad := first_tensor(model.named_trainable().items()):", "if False:"),
+    ),
+    mistake(
+        "the gradient of an interrupted update stays", "test_memory: first_update and backward",
+        ("update.py", "    optimizer.zero_grad()\n    try:", "    try:"),
+        ("update.py", "        optimizer.zero_grad()  # what", "        pass  # what"),
+    ),
+    mistake(
+        "only the gradient is computed anew, not the rewards", "test_memory: first_update and backward",
+        ("trainer.py", "return session.micro_batch.fit(reading.rows.num_rows, lambda: _learn(",
+         "return (lambda rows, work: work())(0, lambda: _learn("),
+        ("trainer.py", "apply_update(session, optimizer, paid, reading.pool, advantages, state.update, place)",
+         "session.micro_batch.fit(6, lambda: apply_update("
+         "session, optimizer, paid, reading.pool, advantages, state.update, place))"),
+    ),
+    mistake(
+        "a resume forgets that memory ran out", "test_memory: later and backward",
+        ("trainer.py", "        session.micro_batch.lower(state.micro_batch_rows)\n", ""),
+    ),
+    mistake(
+        "rows written apart take the picks of others", "test_memory: written_apart",
+        ("pickers.py", "picks[env.rows, num_read]", "picks[: len(uniform), num_read]"),
+    ),
+    mistake(
+        "one row too many is a bug of ours", "test_memory: elsewhere",
+        ("cli.py", "if memory is not None and memory.ran_out(error):", "if False:"),
+    ),
 )  # fmt: skip
 
 

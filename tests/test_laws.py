@@ -719,7 +719,7 @@ def test_law_04_the_kl_is_zero_at_step_0_and_pulls_back_afterwards(make_session,
 
     advantages, _ = compute_advantages(paid.rewards.rewards, ObjectiveConfig(), AgentState(), 3)
     optimizer = make_optimizer(session, session.config.optimizer)
-    outcome = apply_update(session, optimizer, paid, pool, advantages, paid.rewards.rewards, 0)
+    outcome = apply_update(session, optimizer, paid, pool, advantages, 0)
     assert outcome.stepped
     paid = session.pay(rows, pool)  # as the next update would: the reference must not have moved
     moved = kl_only(session, paid)
@@ -1102,7 +1102,7 @@ def test_law_09_micro_batches_do_not_change_the_update(make_session, shaken, kep
         keep[list(kept)] = True
         before = weights(session.model)
         optimizer = torch.optim.SGD(session.model.named_trainable().values(), lr=1.0)
-        outcome = apply_update(session, optimizer, paid, pool, replace(advantages, keep=keep), paid.rewards.rewards, 9)
+        outcome = apply_update(session, optimizer, paid, pool, replace(advantages, keep=keep), 9)
         rate = outcome.metrics["optimizer/learning_rate"]
         moved.append({n: (p.detach() - before[n]) / rate for n, p in session.model.named_trainable().items()})
         metrics.append(outcome.metrics)
@@ -1131,9 +1131,7 @@ def test_law_09_nothing_to_learn_leaves_everything_bit_equal(make_session, case)
     pool, rows = read(session)
     paid = session.pay(rows, pool)
     first, _ = compute_advantages(paid.rewards.rewards, ObjectiveConfig(), AgentState(), 3)
-    assert apply_update(
-        session, optimizer, paid, pool, first, paid.rewards.rewards, 0
-    ).stepped  # momentum is not 0 any more
+    assert apply_update(session, optimizer, paid, pool, first, 0).stepped  # momentum is not 0 any more
     before = weights(session.model)
     moments = [{k: v.clone() for k, v in s.items()} for s in optimizer.state.values()]
     advantages, keep = torch.zeros(6, 3), torch.ones(6, dtype=torch.bool)
@@ -1143,7 +1141,7 @@ def test_law_09_nothing_to_learn_leaves_everything_bit_equal(make_session, case)
     if case == "none kept":
         keep[:] = False
     nothing = Advantages(returns=first.returns, advantages=advantages, keep=keep, scale=1.0)
-    outcome = apply_update(session, optimizer, paid, pool, nothing, paid.rewards.rewards, 1)
+    outcome = apply_update(session, optimizer, paid, pool, nothing, 1)
     assert (outcome.stepped, outcome.finite) == (False, True)
     for name, parameter in session.model.named_trainable().items():
         assert torch.equal(parameter, before[name])

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import tensor
 
+from attention_guided_rl.memory import RowLimit
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import PADDING, BranchRequest
 from attention_guided_rl.reward import unread_candidates, with_candidates, with_probes
+from attention_guided_rl.scorer import reference_scorer
 
 STEPS, PROBES = 3, 2
 
@@ -109,7 +111,7 @@ def test_micro_batches_change_nothing(session, make_session, shaken):
     request = with_probes(BranchRequest(), rows, pool)
     request = with_candidates(request, unread_candidates(rows, pool), pool)
     whole = session.reference_scorer.score(rows, request)
-    parts = type(session.reference_scorer)(session.model, session.model.reference, live=False, micro_batch_rows=4)
+    parts = reference_scorer(session.model, RowLimit(4, rows.layout.row_len))
     for name in ("value_logprobs", "query_hidden", "probe_logprobs", "candidate_logprobs"):
         torch.testing.assert_close(getattr(parts.score(rows, request), name), getattr(whole, name), atol=1e-4, rtol=0)
 

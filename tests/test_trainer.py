@@ -166,7 +166,10 @@ class Witness(Processes):
 
 
 def test_no_collective_waits_for_the_network(make_config, tmp_path):
-    """In an update everything is embedded first, then the processes meet, and only then come collectives."""
+    """In an update everything is embedded first, then the processes meet, and only then come collectives.
+
+    They meet again after whatever one of them may have too little memory for, and over each checkpoint.
+    """
     config = make_config({"embedder.kind": "failing:FailingEmbedder", "training.updates": 2})
     witness = Witness()
     session = Session(config, witness)
@@ -182,7 +185,8 @@ def test_no_collective_waits_for_the_network(make_config, tmp_path):
     witness.events.clear()
     train(session, tmp_path / "run")
     shape = [event for event, _ in itertools.groupby(witness.events)]
-    assert shape == ["meet"] + ["network", "meet", "collective"] * 2  # once before the first update
+    update = ["network", "meet", "collective", "meet", "collective", "meet", "collective"]  # rows, rewards, gradients
+    assert shape == ["meet", *update, *update, "meet"]
 
 
 def test_attribution_that_cannot_be_written_is_a_matter_of_storage(tmp_path):

@@ -100,7 +100,7 @@ def run_arms(
         bench = _Bench(
             session=session,
             pool=pool,
-            prior=session.reference_scorer.prior(pool, session.template),
+            prior=session.prior(pool),
             numbers=session.uniforms(Purpose.EVALUATION, 0, indices, 1),
             q0=session.counterfactual_uniforms(Purpose.EVALUATION_COUNTERFACTUAL, 0, indices, 1),
             variant=corpus.variant,

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.records import PADDING, Continuations
-from attention_guided_rl.selection import sample
+from attention_guided_rl.selection import draw_tokens
 
 _MASK_ELEMENTS = 2**25
 """Largest attention mask of one forward, (rows, branch tokens, all tokens): 128 MiB in float32."""
@@ -95,21 +95,25 @@ def write_queries(
     first: Float[Tensor, "B C D"],
     uniforms: Float[Tensor, "B C Q"],
     temperature: float,
-) -> Int[Tensor, "B C Q"]:
+) -> tuple[Int[Tensor, "B C Q"], Float[Tensor, "B C"]]:
     """Sample a query on every branch, all at once in Q steps; the last token is not yet appended.
 
-    `first` are the hidden states that predict the first token, which the pass over the rows has given already.
+    Returns the ids and Σ log π of each query, which is not finite where it was not drawn from numbers. `first` are the
+    hidden states that predict the first token, which the pass over the rows has given already.
     """
     uniforms = uniforms.to(first.device, torch.float32)
     states = first
     tokens: list[Tensor] = []
+    logprobs = torch.zeros(first.shape[:2], device=first.device)
     for i in range(uniforms.shape[2]):
         if i:
-            token = tokens[-1][:, :, None]
-            states = branches.extend(token, torch.ones_like(token, dtype=torch.bool))[:, :, 0]
+            last = tokens[-1][:, :, None]
+            states = branches.extend(last, torch.ones_like(last, dtype=torch.bool))[:, :, 0]
         distribution = model.policy_logprobs(states.flatten(0, 1), temperature)
-        tokens.append(sample(distribution, uniforms[:, :, i].flatten()).view(first.shape[:2]))
-    return torch.stack(tokens, -1)
+        token, logprob = draw_tokens(distribution, uniforms[:, :, i].flatten(), model.query_vocabulary)
+        tokens.append(token.view(first.shape[:2]))
+        logprobs = logprobs + logprob.view(first.shape[:2])
+    return torch.stack(tokens, -1), logprobs
 
 
 def branches_at_once(rows: int, cached: int, length: int) -> int:

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from attention_guided_rl.data.pairs import Position
 from attention_guided_rl.ema import EmaWeights
-from attention_guided_rl.errors import CheckpointError, StorageError
+from attention_guided_rl.errors import CheckpointError, NumericError, StorageError
+from attention_guided_rl.guard import first_tensor
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.rl_agent import AgentState, RunningMoments
 from attention_guided_rl.storage import io_step, remove_folder, rename, sync
@@ -54,6 +55,10 @@ class RunState:
     nonfinite_in_a_row: int = 0
     last_good: int | None = None
     """The newest regular checkpoint whose weights have since written trajectories without an alarm."""
+    micro_batch_rows: int | None = None
+    """Rows at a time in scoring and update since memory ran out; None: it has not."""
+    rollout_rows: int | None = None
+    """Rows written at a time since memory ran out."""
 
 
 def checkpoint_path(run: Path, update: int) -> Path:
@@ -85,8 +90,12 @@ def save_checkpoint(
 
     Raises:
         StorageError: the disk refused; the checkpoints before it are untouched.
+        NumericError: a weight or moment is not finite; the checkpoints before it are untouched.
     """
     final = checkpoint_path(run, state.update)
+    moments, average = _moments(model, optimizer), {} if ema is None else ema.state()
+    if bad := first_tensor([*model.named_trainable().items(), *moments.items(), *average.items()]):
+        raise NumericError(f"{final}: not written, for {bad} is not finite; resuming goes back to before it was so")
     staged = final.parent / f".staged-{final.name}"
     with _storage_errors(final):
         try:
@@ -99,10 +108,10 @@ def save_checkpoint(
             (weights / "README.md").write_text(readme, encoding="utf-8")
             (staged / "config.yaml").write_text(config, encoding="utf-8")
             io_step("write optimizer.safetensors")
-            save_file(_moments(model, optimizer), staged / "optimizer.safetensors")
+            save_file(moments, staged / "optimizer.safetensors")
             if ema is not None:
                 io_step("write ema.safetensors")
-                save_file(ema.state(), staged / "ema.safetensors")
+                save_file(average, staged / "ema.safetensors")
             io_step("write state.json")
             (staged / "state.json").write_text(json.dumps(asdict(state), indent=1, allow_nan=False), encoding="utf-8")
             _write_manifest(staged, log_lengths, fingerprints)
@@ -198,9 +207,9 @@ def load_checkpoint(
     """Put weights, their average and optimiser moments back; return the state. The checkpoint has been verified."""
     load_weights(path, model)
     if ema is not None:
-        ema.load(load_file(path / "ema.safetensors"))
+        ema.load(_load_finite(path / "ema.safetensors"))
     if optimizer is not None:
-        _restore_moments(model, optimizer, load_file(path / "optimizer.safetensors"))
+        _restore_moments(model, optimizer, _load_finite(path / "optimizer.safetensors"))
     return _read_state(path)
 
 
@@ -208,7 +217,7 @@ def load_weights(path: Path, model: LanguageModel) -> None:
     """Put a checkpoint's weights into the policy.
 
     Raises:
-        CheckpointError: they belong to another model or another kind of training.
+        CheckpointError: they belong to another model or another kind of training, or are not finite.
     """
     folder = path / ("model" if model.peft_model is None else "adapter")
     if not folder.is_dir():
@@ -218,6 +227,15 @@ def load_weights(path: Path, model: LanguageModel) -> None:
     except (RuntimeError, KeyError, ValueError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{folder}: does not fit the model: {first_line}") from None
+    if bad := first_tensor(model.named_trainable().items()):
+        raise CheckpointError(f"{folder}: the tensor {bad} is not finite")
+
+
+def _load_finite(path: Path) -> dict[str, Tensor]:
+    tensors = load_file(path)
+    if bad := first_tensor(tensors.items()):
+        raise CheckpointError(f"{path}: the tensor {bad} is not finite")
+    return tensors
 
 
 def _found(run: Path) -> list[Path]:

@@ -2,8 +2,8 @@
 
 Exit codes: 0 done · 2 usage or configuration, or one that failed its audit · 3 corpus · 4 credentials · 5 remote
 service · 6 spending cap or quota · 7 checkpoint, or a run that does not verify · 8 storage · 9 non-finite numbers ·
-11 another process lost · 12 run folder in use · 13 refused for safety · 70 a bug of ours · 129/130/143 interrupted by
-SIGHUP, SIGINT, SIGTERM, saved.
+10 memory · 11 another process lost · 12 run folder in use · 13 refused for safety · 70 a bug of ours · 129/130/143
+interrupted by SIGHUP, SIGINT, SIGTERM, saved.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from attention_guided_rl.errors import AgrlError, ConfigError
+from attention_guided_rl.errors import AgrlError, ConfigError, MemoryLimitError
 from attention_guided_rl.interruption import outliving_readers, stopping_at_once
 from attention_guided_rl.secrets import redact
 
@@ -53,7 +53,13 @@ def _exit_code(arguments: list[str]) -> int:
     except KeyboardInterrupt as stopped:
         print("agrl: interrupted", file=sys.stderr)
         return 128 + getattr(stopped, "number", signal.SIGINT)
-    except Exception:
+    except Exception as error:
+        memory = sys.modules.get("attention_guided_rl.memory")  # nothing runs out before it is there
+        if memory is not None and memory.ran_out(error):
+            print(
+                "agrl: error: out of memory; lower evaluation.batch_articles, or take a smaller model", file=sys.stderr
+            )
+            return MemoryLimitError.exit_code
         print(redact(traceback.format_exc()), file=sys.stderr)
         print("agrl: error: a bug of ours; please report the lines above", file=sys.stderr)
         return AgrlError.exit_code

@@ -449,7 +449,7 @@ class TrainingConfig:
     micro_batch_rows: int | None = None
     """Rows per forward of the scorer and the update; None: all of a process at once, on a CPU about 4,000 tokens.
 
-    Results do not depend on it.
+    Results do not depend on it. Halved where memory runs out.
     """
     checkpoint_every: int = 50
     """Updates between checkpoints; one is always written at the end."""

@@ -79,13 +79,16 @@ def row_metrics(
     raw = processes.gather_rows(paid.rewards.raw)
     kept = advantages.advantages[advantages.keep]
     groups = rewards.unflatten(0, (-1, group))
+    known = bool(rewards.isfinite().all()) and bool(advantages.advantages.isfinite().all())
     return {
         "reward/mean": finite(rewards.mean()),
         "reward/raw": finite(raw.mean()),
         "reward/std": finite(rewards.mean(1).std(correction=0)),
-        "reward/zero_variance_groups": float((groups == groups[:, :1]).flatten(1).all(1).float().mean()),
-        "advantage/effective_sample_size": effective_sample_size(kept),
-        "filter/kept_fraction": float(advantages.keep.float().mean()),
+        "reward/zero_variance_groups": float((groups == groups[:, :1]).flatten(1).all(1).float().mean())
+        if known
+        else None,
+        "advantage/effective_sample_size": effective_sample_size(kept) if known else None,
+        "filter/kept_fraction": float(advantages.keep.float().mean()) if known else None,
         **_selection_metrics(session, rows, group),
         **_query_metrics(session, rows),
     }
@@ -99,7 +102,7 @@ def finite(value: Tensor) -> float | None:
 def _selection_metrics(session: Session, rows: TrajectoryBatch, group: int) -> dict[str, Any]:
     selection = session.processes.gather_rows(rows.selection_logprobs)
     picks = session.processes.gather_rows(rows.picks)
-    choices = (selection > -math.inf).sum(-1) >= 2
+    choices = (selection != -math.inf).sum(-1) >= 2  # NaN counts: no mean over the rest
     first = selection[:, 0].unflatten(0, (-1, group))
     picked = selection.gather(-1, picks[:, :, None]).squeeze(-1)
     return {

@@ -176,6 +176,7 @@ class Processes:
 @cache
 def _watched(rank: int, count: int) -> Peers:
     """Watch the peers of this process from now to its end."""
-    peers = Peers(distributed.distributed_c10d._get_default_store().clone(), rank, count)
+    store: Any = distributed.distributed_c10d._get_default_store()
+    peers = Peers(store.clone(), rank, count)  # one per thread
     atexit.register(peers.leave)
     return peers

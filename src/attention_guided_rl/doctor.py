@@ -235,8 +235,8 @@ def reference_is_finite(trial: Trial) -> CheckResult:
         "numbers are finite",
         bad == 0,
         f"{bad} of {of} are not",
-        "the model overflows on these rows, or gives a value no probability. Try model.dtype: float32, and rows within "
-        "the context that the model was trained with (rollout.context_tokens)",
+        "the model overflows on these rows. Try model.dtype: float32, and rows within the context that the model was "
+        "trained with (rollout.context_tokens)",
     )
 
 

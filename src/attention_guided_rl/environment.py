@@ -51,8 +51,8 @@ class Reading:
 def sampled_pick(
     env: "ReadingEnvironment", logprobs: Float[Tensor, "B N"], uniform: Float[Tensor, " B"]
 ) -> Int[Tensor, " B"]:
-    """Pick as the method does: a draw from σ."""
-    return sample(logprobs, uniform)
+    """Pick as the method does: a draw from σ. Where σ is NaN, any unread pair: the guard finds it afterwards."""
+    return sample(logprobs.nan_to_num(nan=0.0, neginf=-torch.inf), uniform)
 
 
 class ReadingEnvironment:
@@ -63,10 +63,21 @@ class ReadingEnvironment:
 
     def reset(self, pool: PairPool, key_vectors: Float[Tensor, "A N Hk D"], trajectories: int) -> None:
         """Open the pools to `trajectories` rows per article, nothing read yet."""
+        self._whole, self._trajectories = (pool, key_vectors), trajectories
+        self.begin()
+
+    def begin(self, rows: Int[Tensor, " B"] | None = None) -> None:
+        """Begin anew, with these of the rows only if they are given."""
+        pool, key_vectors = self._whole
+        article = torch.arange(pool.num_articles, device=key_vectors.device).repeat_interleave(self._trajectories)
+        self.rows: Int[Tensor, " B"] = torch.arange(len(article), device=article.device) if rows is None else rows
+        """Places of this environment's rows among all rows of the pools."""
+        self.articles: Int[Tensor, " B"] = article[self.rows]
+        """Places of their articles among the pools."""
+        if rows is not None:  # as if each had a pool of its own
+            pool, key_vectors = pool.take(self.articles), key_vectors[self.articles]
         self.pool, self._key_vectors = pool, key_vectors
-        self.unread = torch.ones(
-            pool.num_articles * trajectories, pool.num_pairs, dtype=torch.bool, device=key_vectors.device
-        )
+        self.unread = torch.ones(len(self.rows), pool.num_pairs, dtype=torch.bool, device=key_vectors.device)
         self.last_pick: Int[Tensor, " B"] | None = None
 
     def step(

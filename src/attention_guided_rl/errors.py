@@ -55,6 +55,12 @@ class NumericError(AgrlError):
     exit_code = 9
 
 
+class MemoryLimitError(AgrlError):
+    """Memory ran out, and there is nothing left to do in smaller parts."""
+
+    exit_code = 10
+
+
 class PeerLostError(AgrlError):
     """Another process of the run has ended or does not answer."""
 

@@ -156,7 +156,7 @@ def random_order_rewards(session: Session, pool: PairPool) -> Float[Tensor, "A R
 
 def search_leads(session: Session, pool: PairPool, random: Float[Tensor, " A"]) -> dict[str, Float[Tensor, " A"]]:
     """Return what the greedy search and the beam are paid beyond random orders, for every article."""
-    prior = session.reference_scorer.prior(pool, session.template)
+    prior = session.prior(pool)
     q0 = session.counterfactual_uniforms(Purpose.EVALUATION_COUNTERFACTUAL, 0, range(pool.num_articles), 1)
     leads = {}
     for name, width in (("oracle", 1), ("beam", BEAM_WIDTH)):

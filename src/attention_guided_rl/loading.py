@@ -28,7 +28,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from attention_guided_rl.config import ModelConfig
-from attention_guided_rl.errors import ConfigError, CredentialsError, NumericError, RemoteError, UnsafeError
+from attention_guided_rl.errors import CheckpointError, ConfigError, CredentialsError, RemoteError, UnsafeError
+from attention_guided_rl.guard import first_tensor
+from attention_guided_rl.memory import ran_out
 from attention_guided_rl.model import LanguageModel
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-lm"
@@ -39,6 +41,7 @@ def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, offl
 
     Raises:
         ConfigError, CredentialsError, RemoteError, UnsafeError: the model cannot be used, with the reason.
+        CheckpointError: a weight is not finite.
     """
     tokenizer = load_tokenizer(config, offline=offline)
     source, options = _source(config, offline=offline)
@@ -47,9 +50,9 @@ def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, offl
         causal_lm = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype=dtype, **options)
     if len(tokenizer) > causal_lm.config.get_text_config().vocab_size:
         raise ConfigError(f"model.name: the tokenizer of {config.name!r} has more tokens than the model")
-    bad = [name for name, p in causal_lm.named_parameters() if not torch.isfinite(p).all()]
-    if bad:
-        raise NumericError(f"model.name: {config.name!r} has non-finite weights, first in {bad[0]}")
+    if bad := first_tensor(causal_lm.named_parameters()):
+        file = _file_with(Path(source), bad)
+        raise CheckpointError(f"model.name: {config.name!r}: {file}: the tensor {bad} is not finite")
     return prepare(causal_lm.to(device), tokenizer, config, seed=seed)  # type: ignore[arg-type]  # its wrapper
 
 
@@ -100,6 +103,8 @@ def _load_errors(config: ModelConfig) -> Iterator[None]:
     except (
         *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError),
     ) as error:
+        if ran_out(error):
+            raise
         raise ConfigError(f"model.name: cannot load {config.name!r}: {_one_line(error)}") from error
 
 
@@ -141,6 +146,15 @@ def _tokenizer_wants_code(folder: Path) -> bool:
     except (OSError, ValueError):
         return False  # no such file, or one that the loading proper will complain about
     return isinstance(contents, dict) and "auto_map" in contents
+
+
+def _file_with(folder: Path, tensor: str) -> str:
+    """Return the name of the file that holds a tensor; large models are in several, listed in an index."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return str(index["weight_map"][tensor])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "model.safetensors"
 
 
 def _one_line(error: Exception) -> str:

@@ -1,12 +1,25 @@
-"""Memory: the most that was in use, on the GPU if the work is there, else by this process; and how much there is."""
+"""Memory: how much is in use and there is, on the GPU if the work is there; and what to do when it runs out.
+
+Work that goes through a model some rows at a time asks a RowLimit how many. When memory runs out, the limit is halved
+and the work done again from its start; so the result is that of a run with the smaller limit.
+"""
 
 import contextlib
+import gc
+import logging
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+from attention_guided_rl.errors import MemoryLimitError
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 _CPU_TOKENS = 2**12
 _PROCESS = Path("/proc/self")  # Linux: a peak that can be set back
@@ -44,6 +57,71 @@ def rows_at_once(device: torch.device, row_len: int, num_rows: int) -> int:
     step and given back after it, which costs more than it saves. A GPU takes them all.
     """
     return max(1, _CPU_TOKENS // row_len if device.type == "cpu" else num_rows)
+
+
+class RowLimit:
+    """How many rows go through a model at once: fewer each time that memory runs out."""
+
+    def __init__(self, rows: int, row_len: int) -> None:
+        """Begin with so many rows, of `row_len` tokens."""
+        self.rows, self.row_len = rows, row_len
+        self.lowered_to: int | None = None
+        """What memory has forced so far; None: nothing."""
+
+    def of_length(self, length: int) -> int:
+        """Return how many rows of another length have about as many tokens."""
+        return max(1, self.rows * self.row_len // length)
+
+    def lower(self, rows: int | None) -> None:
+        """Allow no more than so many rows from now on."""
+        if rows is not None and rows < self.rows:
+            self.rows = self.lowered_to = rows
+
+    @contextlib.contextmanager
+    def watch(self, doing: str, num_rows: int) -> Iterator[None]:
+        """Raise MemoryLimitError where memory runs out while doing something to so many rows."""
+        with out_of_memory(f"{doing}: {min(self.rows, num_rows)} rows × {self.row_len} tokens at a time"):
+            yield
+
+    def fit(self, num_rows: int, work: Callable[[], Result]) -> Result:
+        """Do work on so many rows, and each time that it raises MemoryLimitError do it again with half as many at once.
+
+        Work that has collectives in it must raise on all processes if it does on one (`Processes.meeting`).
+
+        Raises:
+            MemoryLimitError: one row is too much.
+        """
+        while True:
+            try:
+                return work()
+            except MemoryLimitError as error:
+                at_once, said = min(self.rows, num_rows), str(error)
+                if at_once <= 1:
+                    raise MemoryLimitError(
+                        f"{said}; lower rollout.steps or rollout.context_tokens, set model.dtype: bfloat16, or take a "
+                        "smaller model"
+                    ) from None
+            self.lower(at_once // 2)
+            logger.warning("%s; going on with %d", said, self.rows)
+            if torch.cuda.is_initialized():
+                gc.collect()  # the error may be in a cycle with the frames that hold the tensors
+                torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def out_of_memory(doing: str) -> Iterator[None]:
+    """Raise MemoryLimitError where memory runs out."""
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        raise MemoryLimitError(f"out of memory while {doing}") from None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Return whether this is how a GPU, PyTorch on a CPU, or Python says that there is no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def total_bytes(device: torch.device) -> int | None:

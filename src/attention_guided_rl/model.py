@@ -27,6 +27,9 @@ from attention_guided_rl.records import PADDING, has_padding, position_ids
 HEAD_CHUNK = 2**24
 """Elements of (tokens, vocabulary) that exist at once: 64 MiB in float32, and a handful of tensors of that size."""
 
+LOGPROB_FLOOR = -100.0
+"""Nats. A value token of probability 0 counts as this improbable: about where float32 has no smaller probability."""
+
 
 class LanguageModel:
     """A causal LM of transformers with two sets of weights, policy and reference."""
@@ -162,7 +165,10 @@ class LanguageModel:
     def token_logprobs(
         self, ids: Int[Tensor, "B T"], role: Int[Tensor, "B T"], positions: Int[Tensor, " M"]
     ) -> Float[Tensor, "B M"]:
-        """Return log p(id at position | all ids before it) under the full distribution, nats; 0 at padding."""
+        """Return log p(id at position | all ids before it) under the full distribution, nats; 0 at padding.
+
+        Never below LOGPROB_FLOOR.
+        """
         states = self.hidden(ids, role, positions)
         places = positions.to(ids.device)
         return self.logprobs_of(states, ids[:, places], role[:, places] != PADDING)
@@ -288,7 +294,9 @@ class LanguageModel:
 
     def _chosen_logprobs(self, states: Tensor, ids: Tensor) -> tuple[Tensor]:
         logits = self._logits(states)
-        return (logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1),)
+        total = logits.logsumexp(-1)
+        total = total.masked_fill(total == torch.inf, torch.nan)  # an overflow must not pass for probability 0
+        return ((logits.gather(-1, ids[:, None]).squeeze(-1) - total).clamp_min(LOGPROB_FLOOR),)
 
     def _query_vocabulary(self) -> Bool[Tensor, " V"]:
         """True at ids a query may contain: real tokens that are not control tokens."""

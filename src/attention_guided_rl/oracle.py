@@ -48,12 +48,19 @@ def oracle_rows(
 
     `q0`: the numbers of the counterfactual queries, where the reward has them.
     """
-    model = session.model
-    with model.reference():
-        beam = _Beam(session, pool, prior, q0, width)
-        for step in range(session.num_steps):
-            beam.advance(step)
-    chosen = beam.best()
+
+    def search() -> Tensor:
+        found, at_once = [], max(1, session.rollout_batch.rows // width)
+        with session.rollout_batch.watch("searching", pool.num_articles * width), session.model.reference():
+            for some in torch.arange(pool.num_articles).split(at_once):
+                part, index = pool.take(some), some.to(prior.device)
+                beam = _Beam(session, part, prior[index], None if q0 is None else q0[some], width)
+                for step in range(session.num_steps):
+                    beam.advance(step)
+                found.append(beam.best())
+        return torch.cat(found)
+
+    chosen = session.rollout_batch.fit(pool.num_articles * width, search)
     query_ids, query_mask = key_queries(session, pool)
     nothing = torch.zeros(*chosen.shape, query_ids.shape[-1], device=chosen.device)
     nowhere = torch.zeros(*chosen.shape, pool.num_pairs, device=chosen.device)
@@ -195,7 +202,7 @@ class _Desk:
         writing = Branches(session.model, self._cache, self._role, torch.tensor([self._role.shape[1]]))
         first = writing.extend(before, torch.ones_like(before, dtype=torch.bool))[:, :, -1]
         temperature = session.config.rollout.temperature
-        query = write_queries(session.model, writing, first, q0[:, None], temperature)
+        query, _ = write_queries(session.model, writing, first, q0[:, None], temperature)
         writing.close()
         step = torch.cat([before, query, self._empty_query[:, None, len(template.before_query) :]], -1)
         step = step.expand(-1, candidates.shape[1], -1)

@@ -36,8 +36,12 @@ def simple_pickers(pool: PairPool, prior: Float[Tensor, "A N"], variant: str) ->
 
 def replay(picks: Int[Tensor, "B S"]) -> Picker:
     """Choose what was chosen before, step by step."""
-    steps = iter(picks.unbind(1))
-    return lambda env, logprobs, uniform: next(steps)
+
+    def pick(env: ReadingEnvironment, logprobs: Tensor, uniform: Tensor) -> Tensor:
+        num_read = env.unread.shape[1] - int(env.unread[0].sum())
+        return picks[env.rows, num_read]
+
+    return pick
 
 
 def _random_pick(env: ReadingEnvironment, logprobs: Tensor, uniform: Tensor) -> Tensor:
@@ -59,7 +63,7 @@ def _easy_to_hard(prior: Float[Tensor, "A N"]) -> Picker:
     """Prefer the largest u_j; dividing by L̄ would not change the order."""
 
     def pick(env: ReadingEnvironment, logprobs: Tensor, uniform: Tensor) -> Tensor:
-        return _first_unread(prior.repeat_interleave(len(uniform) // len(prior), 0), env.unread)
+        return _first_unread(prior[env.articles], env.unread)
 
     return pick
 
@@ -72,12 +76,11 @@ def _nearest_key_pick(env: ReadingEnvironment, logprobs: Tensor, uniform: Tensor
 
 def _planted(subject: Int[Tensor, "A N"], variant: str) -> Picker:
     def pick(env: ReadingEnvironment, logprobs: Tensor, uniform: Tensor) -> Tensor:
-        group = len(uniform) // len(subject)
         picks = []
         for b in range(len(uniform)):
             last = None if env.last_pick is None else int(env.last_pick[b])
             unread = env.unread[b].nonzero()[:, 0].tolist()
-            picks.append(planted_pick(variant, subject[b // group].tolist(), unread, last))
+            picks.append(planted_pick(variant, subject[env.articles[b]].tolist(), unread, last))
         return torch.tensor(picks, device=uniform.device)
 
     return pick

@@ -8,6 +8,7 @@ Log-probabilities and rewards are in nats. Masks are True where there is a real 
     Article → PairPool → TrajectoryBatch → Rewards → Advantages → UpdateBatch → LossOutput
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -204,6 +205,16 @@ class TrajectoryBatch:
     def without_queries(self) -> "TrajectoryBatch":
         """Return the same rows with every query deleted: its tokens become padding."""
         return replace(self, role=torch.where(self.role == QUERY, PADDING, self.role))
+
+
+def join_rows(parts: Sequence[TrajectoryBatch]) -> TrajectoryBatch:
+    """Put batches of the same layout together."""
+    first, *others = parts
+    if not others:
+        return first
+    names = [f.name for f in fields(first) if f.name != "layout"]
+    columns: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return replace(first, **columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

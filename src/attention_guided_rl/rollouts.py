@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from attention_guided_rl.environment import Picker, ReadingEnvironment, sampled_pick
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.records import PADDING, PROMPT, QUERY, TEMPLATE, VALUE, TrajectoryBatch
-from attention_guided_rl.selection import sample
+from attention_guided_rl.selection import draw_tokens
 from attention_guided_rl.template import Template, assemble
 
 
@@ -62,9 +62,9 @@ def _write_query(
     ids, logprobs = [], []
     for i in range(uniforms.shape[1]):
         distribution = model.policy_logprobs(row.encode()[:, -1], temperature)
-        token = sample(distribution, uniforms[:, i])
+        token, logprob = draw_tokens(distribution, uniforms[:, i], model.query_vocabulary)
         ids.append(token)
-        logprobs.append(distribution.gather(1, token[:, None])[:, 0])
+        logprobs.append(logprob)
         row.append_tensor(token[:, None], torch.full_like(token[:, None], QUERY))
     return torch.stack(ids, 1), torch.stack(logprobs, 1)
 

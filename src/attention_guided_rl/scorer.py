@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from attention_guided_rl.branching import Branches, branch_logprobs, last_logprobs, write_queries
 from attention_guided_rl.ema import EmaWeights
+from attention_guided_rl.memory import RowLimit
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.records import (
     PADDING,
@@ -65,7 +66,7 @@ class ModelScorer:
     model: LanguageModel
     weights: Callable[[], AbstractContextManager[None]]
     live: bool
-    micro_batch_rows: int | None = None
+    micro_batch: RowLimit | None = None
 
     @torch.no_grad()
     def score(self, rows: TrajectoryBatch, request: BranchRequest = NOTHING_MORE) -> Scores:
@@ -73,7 +74,7 @@ class ModelScorer:
         everything = torch.arange(rows.num_rows, device=rows.ids.device)
         parts = [
             self._score(rows.select(index), request.select(index))
-            for index in everything.split(self.micro_batch_rows or max(1, rows.num_rows))
+            for index in everything.split(self.micro_batch.rows if self.micro_batch else max(1, rows.num_rows))
         ]
         return _concatenate(parts)
 
@@ -144,7 +145,9 @@ class ModelScorer:
                 query_hidden = self.model.hidden(rows.ids, role, query, reference_cache)
             writing = Branches(self.model, reference_cache, role, starts)
             first = query_hidden.unflatten(1, (rows.num_steps, -1))[:, :, 0]
-            ids = write_queries(self.model, writing, first, request.counterfactual_uniforms, request.query_temperature)
+            ids, written = write_queries(
+                self.model, writing, first, request.counterfactual_uniforms, request.query_temperature
+            )
         value_ids, value_mask = rows.value_slots()
         before_value = rows.before_value()[:, None].expand(-1, rows.num_steps, -1)
         with self.weights():
@@ -157,7 +160,8 @@ class ModelScorer:
             states = branches.extend(rest, mask)
             branches.close()
             writing.close()
-            return ids, last_logprobs(self.model, states, rest, mask, layout.value_len)
+            logprobs = last_logprobs(self.model, states, rest, mask, layout.value_len)
+            return ids, logprobs + 0.0 * written[:, :, None]  # NaN after a query that no number led to
 
     @torch.no_grad()
     def prior(self, pool: PairPool, template: Template) -> Float[Tensor, "A N"]:
@@ -170,7 +174,7 @@ class ModelScorer:
         role = torch.cat([torch.full_like(prefix, TEMPLATE), torch.where(mask, VALUE, PADDING)], 1)
         role[:, : len(template.prompt)] = PROMPT
         positions = torch.arange(len(before), ids.shape[1])
-        size = max(self.micro_batch_rows or len(ids), pool.num_pairs)  # these rows are short
+        size = self.micro_batch.of_length(ids.shape[1]) if self.micro_batch else len(ids)
         with self.weights():
             logprobs = torch.cat(
                 [
@@ -189,19 +193,19 @@ class ModelScorer:
             return branch_logprobs(self.model, cache, role_so_far, branches)
 
 
-def reference_scorer(model: LanguageModel, micro_batch_rows: int | None = None) -> ModelScorer:
+def reference_scorer(model: LanguageModel, micro_batch: RowLimit | None = None) -> ModelScorer:
     """The frozen reference: the only scorer that supports a claim about queries."""
-    return ModelScorer(model, model.reference, live=False, micro_batch_rows=micro_batch_rows)
+    return ModelScorer(model, model.reference, live=False, micro_batch=micro_batch)
 
 
-def policy_scorer(model: LanguageModel, micro_batch_rows: int | None = None) -> ModelScorer:
+def policy_scorer(model: LanguageModel, micro_batch: RowLimit | None = None) -> ModelScorer:
     """The live policy, detached; its reward also rises by plain fine-tuning."""
-    return ModelScorer(model, contextlib.nullcontext, live=True, micro_batch_rows=micro_batch_rows)
+    return ModelScorer(model, contextlib.nullcontext, live=True, micro_batch=micro_batch)
 
 
-def ema_scorer(model: LanguageModel, weights: EmaWeights, micro_batch_rows: int | None = None) -> ModelScorer:
+def ema_scorer(model: LanguageModel, weights: EmaWeights, micro_batch: RowLimit | None = None) -> ModelScorer:
     """A moving average of the policy: live, but slow."""
-    return ModelScorer(model, weights.applied, live=True, micro_batch_rows=micro_batch_rows)
+    return ModelScorer(model, weights.applied, live=True, micro_batch=micro_batch)
 
 
 SCORERS = {"reference": reference_scorer, "policy": policy_scorer}

@@ -29,12 +29,17 @@ def selection_logprobs(
     temperature: float,
     heads: HeadReduction = "mean_score",
 ) -> Float[Tensor, "B N"]:
-    """Return log σ over the unread pairs; −inf where read. One softmax over mean scores, or the mean of softmaxes."""
+    """Return log σ over the unread pairs; −inf where read. One softmax over mean scores, or the mean of softmaxes.
+
+    A score that is not finite makes the whole row NaN where unread: −∞ would pass for a pair that is never picked.
+    """
     if heads == "mean_score":
         scores = scores.mean(1, keepdim=True)
     logprobs = (scores / temperature).masked_fill(~unread[:, None], -torch.inf).log_softmax(-1)
     finite = logprobs.masked_fill(~unread[:, None], 0.0)  # the gradient of logsumexp over nothing but −inf is NaN
-    return (finite.logsumexp(1) - math.log(logprobs.shape[1])).masked_fill(~unread, -torch.inf)
+    mean = finite.logsumexp(1) - math.log(logprobs.shape[1])
+    broken = ~(mean.isfinite() | ~unread).all(-1, keepdim=True)
+    return mean.masked_fill(broken, torch.nan).masked_fill(~unread, -torch.inf)
 
 
 def sample(logprobs: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
@@ -48,6 +53,18 @@ def sample(logprobs: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[
     index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     last = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(-1)
     return torch.minimum(index, last)
+
+
+def draw_tokens(
+    logprobs: Float[Tensor, "B V"], uniform: Float[Tensor, " B"], allowed: Bool[Tensor, " V"]
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """Draw a token for each row; return the ids and their log-probabilities.
+
+    Where the distribution is not finite, the log-probability says so and the id is the first that is allowed.
+    """
+    ids = sample(logprobs, uniform)
+    drawn = logprobs.gather(1, ids[:, None])[:, 0]
+    return torch.where(drawn.isfinite(), ids, allowed.int().argmax()), drawn
 
 
 def entropy(logprobs: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:

@@ -4,6 +4,7 @@ In: Config. Out: model, template, embedder, scorer, environment. Training, evalu
 through it, so that they cannot differ.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -25,14 +26,16 @@ from attention_guided_rl.environment import (
     picked_logprobs,
     sampled_pick,
 )
+from attention_guided_rl.errors import NumericError
 from attention_guided_rl.fingerprints import fingerprints
+from attention_guided_rl.guard import WEIGHT, first_place, first_tensor, row_numbers
 from attention_guided_rl.loading import load_model
-from attention_guided_rl.memory import rows_at_once
+from attention_guided_rl.memory import Result, RowLimit, out_of_memory, rows_at_once
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network
 from attention_guided_rl.objective import OBJECTIVES, Objective
 from attention_guided_rl.randomness import Purpose, uniforms
-from attention_guided_rl.records import BranchRequest, PairPool, Rewards, Scores, TrajectoryBatch
+from attention_guided_rl.records import BranchRequest, PairPool, Rewards, Scores, TrajectoryBatch, join_rows
 from attention_guided_rl.reward import (
     REWARDS,
     Reward,
@@ -50,6 +53,7 @@ from attention_guided_rl.tables import resolve
 from attention_guided_rl.template import Template, build_template
 from attention_guided_rl.tracking import require_tensorboard
 
+ALL_ROWS = 2**31 - 1
 PREPARED_ARTICLES = 8
 """Articles whose keys are tried as queries before a run begins."""
 
@@ -62,6 +66,10 @@ class PaidRows:
     scores: Scores
     rewards: Rewards
     prior: Float[Tensor, "A N"]
+
+    def numbers(self) -> dict[str, list[Tensor]]:
+        """Return all that must be finite, by the place it comes from."""
+        return row_numbers(self.rows, self.scores, self.prior, self.rewards)
 
 
 class Session:
@@ -80,7 +88,7 @@ class Session:
         self.config, self.processes = config, processes
         with processes.meeting():
             self._check(account=account, goes_on=goes_on)
-        with processes.meeting():
+        with processes.meeting(), out_of_memory("loading the model"):
             self._load()
 
     def _check(self, *, account: str, goes_on: bool) -> None:
@@ -121,15 +129,36 @@ class Session:
         row_len = self.template.layout(self.num_steps, config.rollout.query_tokens, config.pairs.value_tokens).row_len
         most_rows = config.rollout.articles * config.rollout.trajectories
         micro_batch_rows = config.training.micro_batch_rows or rows_at_once(processes.device, row_len, most_rows)
-        self.micro_batch_rows: int = micro_batch_rows
-        self.reference_scorer: Scorer = reference_scorer(self.model, micro_batch_rows)
+        self.micro_batch = RowLimit(micro_batch_rows, row_len)
+        self.rollout_batch = RowLimit(ALL_ROWS, row_len)
+        self.reference_scorer: Scorer = reference_scorer(self.model, self.micro_batch)
         self.ema: EmaWeights | None = None
         if config.reward.scorer == "ema":
             self.ema = EmaWeights(self.model, config.reward.ema_decay)
-            self.scorer: Scorer = ema_scorer(self.model, self.ema, micro_batch_rows)
+            self.scorer: Scorer = ema_scorer(self.model, self.ema, self.micro_batch)
         else:
-            self.scorer = SCORERS[config.reward.scorer](self.model, micro_batch_rows)
+            self.scorer = SCORERS[config.reward.scorer](self.model, self.micro_batch)
         self.temperature = config.selection.temperature
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """Rows that scorer and update take at once, now."""
+        return self.micro_batch.rows
+
+    def agree_on_rows(self) -> None:
+        """Let all processes take as few rows at once as the one with the least memory."""
+        limits = (self.micro_batch, self.rollout_batch)
+        own = torch.tensor([[limit.rows for limit in limits]], device=self.processes.device)
+        for limit, rows in zip(limits, self.processes.gather_rows(own).amin(0).tolist(), strict=True):
+            limit.lower(rows)
+
+    def nonfinite_weight(self) -> str | None:
+        """Name a weight that is not finite on some process, trained or not; None if all are."""
+        average = {} if self.ema is None else self.ema.state()
+        everything = (self.model.named_trainable(), self.model.named_frozen(), average)
+        own = first_tensor(item for part in everything for item in part.items())
+        found = next((name for name in self.processes.gather_objects([own]) if name is not None), None)
+        return None if found is None else f"{WEIGHT} {found}"
 
     def stream(self, corpus: CorpusConfig, *, num_probes: int, purpose: Purpose) -> PoolStream:
         """Return a stream of pools that begins at the beginning, whatever other streams of the corpus have read.
@@ -161,10 +190,41 @@ class Session:
         return env
 
     def rollout(self, pool: PairPool, uniforms: Tensor, picker: Picker = sampled_pick) -> TrajectoryBatch:
-        """Write trajectories with the active weights (`with session.model.reference():` for the untrained ones)."""
-        env = self.environment(pool, uniforms.shape[0] // pool.num_articles)
-        with self.model.folded():
-            return rollout(self.model, self.template, env, uniforms, self.config.rollout.temperature, picker)
+        """Write trajectories with the active weights (`with session.model.reference():` for the untrained ones).
+
+        All at once, unless memory runs out.
+        """
+        num_rows, temperature = len(uniforms), self.config.rollout.temperature
+        env = self.environment(pool, num_rows // pool.num_articles)
+
+        def write() -> TrajectoryBatch:
+            parts = []
+            with self.rollout_batch.watch("writing queries", num_rows), self.model.folded():
+                for rows in torch.arange(num_rows).split(self.rollout_batch.rows):
+                    env.begin(None if len(rows) == num_rows else rows.to(self.model.device))
+                    parts.append(rollout(self.model, self.template, env, uniforms[rows], temperature, picker))
+            return join_rows(parts)
+
+        return self.rollout_batch.fit(num_rows, write)
+
+    def prior(self, pool: PairPool) -> Float[Tensor, "A N"]:
+        """Return the reference's Σ log p of every pair's value alone."""
+        return self._fitted(
+            pool.num_articles * pool.num_pairs, lambda: self.reference_scorer.prior(pool, self.template)
+        )
+
+    def score(self, rows: TrajectoryBatch, request: BranchRequest) -> Scores:
+        """Let the reference score rows as they are."""
+        return self._fitted(rows.num_rows, lambda: self.reference_scorer.score(rows, request))
+
+    def _fitted(self, num_rows: int, work: Callable[[], Result]) -> Result:
+        """Score so many rows, fewer at a time where memory runs out. Not in an update, where processes must agree."""
+
+        def watched() -> Result:
+            with self.micro_batch.watch("scoring", num_rows):
+                return work()
+
+        return self.micro_batch.fit(num_rows, watched)
 
     def counterfactual_uniforms(
         self, purpose: Purpose, update: int, indices: range, trajectories: int
@@ -201,11 +261,20 @@ class Session:
 
         `prior` may be given if this scorer computed it before. Without `probes` those of the pool are left out unless
         the reward is of them.
+
+        Raises:
+            NumericError: a number is not finite.
         """
         request = self._request(self.evaluation_reward, rows, pool, counterfactual_uniforms)
         if probes and pool.probe_value_ids.shape[1]:
             request = with_probes(request, rows, pool)
-        return self._pay(scorer or self.reference_scorer, self.evaluation_reward, rows, pool, request, prior)
+        scorer = scorer or self.reference_scorer
+        paid = self._fitted(
+            rows.num_rows, lambda: self._pay(scorer, self.evaluation_reward, rows, pool, request, prior)
+        )
+        if place := first_place(paid.numbers()):
+            raise NumericError(f"a number of the evaluation is not finite: {place}")
+        return paid
 
     def _request(
         self, reward: Reward, rows: TrajectoryBatch, pool: PairPool, counterfactual_uniforms: Tensor | None
@@ -274,6 +343,8 @@ class Session:
         ids, mask = rows.query_slots()
         queries = self.embedder.embed_queries(ids[:, 0], mask[:, 0])
         scores = head_scores(queries, embed_pool_keys(self.embedder, pool))
+        if first_place({"logits": [rows.sampled_logprobs], "embedding": [scores]}):
+            raise NumericError("selection.temperature cannot be calibrated: logits or embeddings are not finite")
         self.temperature, reached = calibrate_temperature(scores, selection.target_entropy, selection.heads)
         return reached
 

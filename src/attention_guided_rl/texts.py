@@ -53,7 +53,7 @@ def with_possible_text(
     request = BranchRequest(counterfactual_uniforms=numbers, query_temperature=session.config.rollout.temperature)
     mask = mask | first[:, :, None]
     for _ in range(int(first.sum(1).max())):
-        scores = session.reference_scorer.score(with_text(session, rows, ids, mask), request)
+        scores = session.score(with_text(session, rows, ids, mask), request)
         assert scores.counterfactual_ids is not None
         ids = torch.where(first[:, :, None], scores.counterfactual_ids, ids)
     return with_text(session, rows, ids, mask)

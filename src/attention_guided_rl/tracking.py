@@ -235,7 +235,7 @@ def pair_records(pool: PairPool, prior: Tensor, model: LanguageModel) -> list[di
                         "key": model.decode(key),
                         "value": model.decode(value),
                         "value_tokens": model.decode_tokens(value),
-                        "prior": None if probe else round(float(prior[a, n]), _DIGITS),
+                        "prior": None if probe else _nested(prior[a, n : n + 1])[0],
                     }
                 )
     return records

@@ -28,9 +28,11 @@ from attention_guided_rl.checkpoint import (
 )
 from attention_guided_rl.config_files import config_to_yaml
 from attention_guided_rl.data.pairs import PoolStream
-from attention_guided_rl.diagnostics import AlarmBell, raise_alarms, row_metrics
+from attention_guided_rl.diagnostics import AlarmBell, finite, raise_alarms, row_metrics
 from attention_guided_rl.errors import CheckpointError, NumericError
+from attention_guided_rl.guard import WEIGHT, first_place
 from attention_guided_rl.interruption import collected_signals
+from attention_guided_rl.memory import out_of_memory
 from attention_guided_rl.randomness import Purpose, generator
 from attention_guided_rl.records import Advantages, PairPool, TrajectoryBatch
 from attention_guided_rl.rl_agent import AgentState, compute_advantages
@@ -61,6 +63,8 @@ class Learned:
     paid: PaidRows
     advantages: Advantages
     """Of all processes."""
+    place: str | None
+    """Where the first number was seen that is not finite; None if there was none, and then the update counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +80,11 @@ class Trained:
 def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
     """Train until `training.updates` are done or a signal arrives; a checkpoint is written either way.
 
-    Another is written before the first update, so that whatever ends the run, it can be resumed.
+    Another is written before the first update, so that whatever ends the run, it can be resumed. Numbers that are not
+    finite never get into one: an update that meets them is skipped, and a weight that is not finite ends the run.
 
     Raises:
+        NumericError: too many updates in a row had to be skipped, or one never can be.
         AgrlError: of the kind that fits. What a corpus or embedder raises loses no finished update; after other errors
             what was checkpointed stays.
     """
@@ -93,6 +99,7 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
 
     console = make_console() if processes.is_main else Console(quiet=True)
     with (
+        out_of_memory("training"),
         logs or contextlib.nullcontext(),
         collected_signals() as received,
         TrainingProgress(console, total, state.update) as progress,
@@ -117,14 +124,12 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
             }
             metrics |= raise_alarms(metrics)
             written_at = state.update - 1  # the weights that wrote these trajectories, and may be saved
-            if not bell.ring(metrics, state.last_good) and written_at % config.training.checkpoint_every == 0:
+            alarm = learned.place is not None or bell.ring(metrics, state.last_good)
+            if not alarm and written_at % config.training.checkpoint_every == 0:
                 state = replace(state, last_good=written_at)
             log_update(session, logs, metrics, reading, learned)
             progress.show(metrics)
-            if state.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW:
-                raise NumericError(
-                    f"{MAX_NONFINITE_IN_A_ROW} updates in a row had non-finite numbers; see metrics.jsonl"
-                )
+            _stop_if_it_cannot_go_on(state, learned.place)
             if state.update % config.training.checkpoint_every == 0:
                 saved = save(session, run, state, optimizer, logs)
             stop = processes.first_signal(received)
@@ -138,22 +143,37 @@ def read(session: Session, stream: PoolStream, update: int, share: slice) -> Rea
     rollout = session.config.rollout
     pool = stream.next_pool(rollout.articles, keep=share).to(session.model.device)
     indices = range(rollout.articles)[share]
-    rows = session.rollout(pool, session.uniforms(Purpose.TRAINING, update, indices, rollout.trajectories))
-    return Reading(indices, pool, rows, session.steerability(pool))
+    with out_of_memory("embedding texts"):
+        rows = session.rollout(pool, session.uniforms(Purpose.TRAINING, update, indices, rollout.trajectories))
+        return Reading(indices, pool, rows, session.steerability(pool))
 
 
 def learn(session: Session, optimizer: torch.optim.Optimizer, reading: Reading, state: RunState) -> Learned:
-    """Pay the trajectories, turn rewards into advantages, and take the optimiser's step."""
+    """Pay the trajectories, turn rewards into advantages, and take the optimiser's step.
+
+    Done again from its start, with half the rows at a time on all processes, where memory runs out on one.
+    """
+    session.agree_on_rows()
+    return session.micro_batch.fit(reading.rows.num_rows, lambda: _learn(session, optimizer, reading, state))
+
+
+def _learn(session: Session, optimizer: torch.optim.Optimizer, reading: Reading, state: RunState) -> Learned:
     config, processes, group = session.config, session.processes, session.config.rollout.trajectories
     q0 = session.counterfactual_uniforms(Purpose.COUNTERFACTUAL, state.update, reading.indices, group)
-    paid = session.pay(reading.rows, reading.pool, q0)
+    with processes.meeting(), session.micro_batch.watch("scoring", reading.rows.num_rows):
+        paid = session.pay(reading.rows, reading.pool, q0)
+        own_kl = None if config.objective.kl.place == "loss" else session.kl_of_queries(paid)
     rewards = control_rewards(session, processes.gather_rows(paid.rewards.rewards), state.update)
+    kl = None if own_kl is None else processes.gather_rows(own_kl)
     advantages, agent = compute_advantages(
-        rewards, config.objective, state.agent, group,
-        is_level=session.reward.is_level, kl=reward_kl(session, paid),
-    )  # fmt: skip
-    outcome = apply_update(session, optimizer, paid, reading.pool, advantages, rewards, state.update)
-    state = _next_state(state, agent, outcome)
+        rewards, config.objective, state.agent, group, is_level=session.reward.is_level, kl=kl
+    )
+    numbers = paid.numbers()
+    numbers["embedding"].append(reading.steerability)
+    numbers |= {"KL": [] if own_kl is None else [own_kl], "advantage": [advantages.returns, advantages.advantages]}
+    place = first_place(numbers, processes.gather_rows)
+    outcome = apply_update(session, optimizer, paid, reading.pool, advantages, state.update, place)
+    state = _next_state(session, state, agent, outcome)
     metrics = {
         "update": state.update,
         "episodes": state.update * config.rollout.articles * group,
@@ -162,10 +182,13 @@ def learn(session: Session, optimizer: torch.optim.Optimizer, reading: Reading, 
         "advantage/scale": state.agent.scale,
         "filter/empty_updates": state.empty_updates,
         "guard/nonfinite_updates": state.nonfinite_updates,
-        "selection/steerability": float(processes.gather_rows(reading.steerability).mean()),
+        "guard/place": session.nonfinite_weight() or outcome.place if outcome.place else None,
+        "memory/micro_batch_rows": session.micro_batch.rows,
+        "memory/rollout_rows": session.rollout_batch.lowered_to,
+        "selection/steerability": finite(processes.gather_rows(reading.steerability).mean()),
         "selection/temperature": state.temperature,
     }
-    return Learned(state, metrics, paid, advantages)
+    return Learned(state, metrics, paid, advantages, metrics["guard/place"])
 
 
 def control_rewards(session: Session, rewards: Tensor, update: int) -> Tensor:
@@ -177,13 +200,6 @@ def control_rewards(session: Session, rewards: Tensor, update: int) -> Tensor:
     for a in range(groups.shape[0]):
         groups[a] = groups[a][torch.from_numpy(rng.permutation(groups.shape[1]))]
     return groups.flatten(0, 1)
-
-
-def reward_kl(session: Session, paid: PaidRows) -> Tensor | None:
-    """Return k1 of each step's query, of all rows of all processes, where the penalty is taken from the reward."""
-    if session.config.objective.kl.place == "loss":
-        return None
-    return session.processes.gather_rows(session.kl_of_queries(paid))
 
 
 def log_update(
@@ -209,7 +225,10 @@ def log_update(
             learned.advantages.keep[start : start + paid.rows.num_rows],
         )  # fmt: skip
         trajectories = processes.gather_objects(records)
-        prior = session.reference_scorer.prior(pool, session.template) if session.scorer.live else paid.prior
+        prior = paid.prior
+        if session.scorer.live:
+            with processes.meeting():
+                prior = session.prior(pool)
         pairs = processes.gather_objects(pair_records(pool, prior, session.model))
         articles = processes.gather_objects(list(pool.articles))
         if logs is not None:
@@ -221,22 +240,22 @@ def log_update(
 
 
 def save(session: Session, run: Path, state: RunState, optimizer: torch.optim.Optimizer, logs: RunLogs | None) -> Path:
-    """Write a checkpoint (main process) and wait until it is there (all)."""
-    if logs is not None:
-        config = session.config
-        readme = (
-            f"# Query policy, {state.update} updates\n\n"
-            f"- base model: {config.model.name} (revision {config.model.revision or 'newest'})\n"
-            f"- corpus: {config.corpus.label}\n"
-            "- loads with `peft.PeftModel.from_pretrained` (adapter/) or `from_pretrained` (model/)\n"
-            "- the licences of base model and corpus apply\n"
-        )
-        save_checkpoint(
-            run, state, session.model, optimizer, logs.sync(), readme, session.ema,
-            config=config_to_yaml(config), fingerprints=session.fingerprints,
-        )  # fmt: skip
-        remove_old_checkpoints(run, config.training.keep_checkpoints, state.last_good)
-    session.processes.wait()
+    """Write a checkpoint (main process) and wait until it is there (all); its error is raised on all."""
+    with session.processes.meeting():
+        if logs is not None:
+            config = session.config
+            readme = (
+                f"# Query policy, {state.update} updates\n\n"
+                f"- base model: {config.model.name} (revision {config.model.revision or 'newest'})\n"
+                f"- corpus: {config.corpus.label}\n"
+                "- loads with `peft.PeftModel.from_pretrained` (adapter/) or `from_pretrained` (model/)\n"
+                "- the licences of base model and corpus apply\n"
+            )
+            save_checkpoint(
+                run, state, session.model, optimizer, logs.sync(), readme, session.ema,
+                config=config_to_yaml(config), fingerprints=session.fingerprints,
+            )  # fmt: skip
+            remove_old_checkpoints(run, config.training.keep_checkpoints, state.last_good)
     return checkpoint_path(run, state.update)
 
 
@@ -251,6 +270,8 @@ def _start(
         lengths = verify(path)["log_bytes"]
         state = load_checkpoint(path, session.model, optimizer, session.ema)
         session.temperature = state.temperature
+        session.micro_batch.lower(state.micro_batch_rows)
+        session.rollout_batch.lower(state.rollout_rows)
         if state.embedder != session.embedder.identity:
             raise CheckpointError(f"{path}: made with embedder {state.embedder}, this is {session.embedder.identity}")
         stream.resume(state.position)
@@ -263,7 +284,7 @@ def _start(
     return state, RunLogs(run, session.config.log) if main else None
 
 
-def _next_state(state: RunState, agent: AgentState, outcome: Outcome) -> RunState:
+def _next_state(session: Session, state: RunState, agent: AgentState, outcome: Outcome) -> RunState:
     """Count the update; one with non-finite numbers leaves the agent's statistics as they were."""
     return replace(
         state,
@@ -272,4 +293,19 @@ def _next_state(state: RunState, agent: AgentState, outcome: Outcome) -> RunStat
         empty_updates=state.empty_updates + (outcome.finite and not outcome.stepped),
         nonfinite_updates=state.nonfinite_updates + (not outcome.finite),
         nonfinite_in_a_row=0 if outcome.finite else state.nonfinite_in_a_row + 1,
+        micro_batch_rows=session.micro_batch.lowered_to,
+        rollout_rows=session.rollout_batch.lowered_to,
     )
+
+
+def _stop_if_it_cannot_go_on(state: RunState, place: str | None) -> None:
+    """Raise NumericError for a weight that is not finite, which no skipping mends, and for too many skipped updates."""
+    if place is not None and place.startswith(WEIGHT):
+        raise NumericError(
+            f"update {state.update}: the {place} is not finite; no checkpoint has it, so resuming goes back to before"
+        )
+    if state.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW:
+        raise NumericError(
+            f"{MAX_NONFINITE_IN_A_ROW} updates in a row had non-finite numbers, the last one first in: {place}; see "
+            "guard/place in metrics.jsonl"
+        )

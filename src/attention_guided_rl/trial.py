@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attention_guided_rl.guard import first_place
 from attention_guided_rl.memory import peak_bytes, reset_peak
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.randomness import Purpose, generator
@@ -171,10 +172,8 @@ def _first_update(session: Session, pool: PairPool, uniforms: Tensor) -> tuple[P
     has_gradient = _objective(session, paid, pool, 1.0, config.objective.kl.coefficient).loss.requires_grad
 
     def step() -> bool:
-        optimizer = make_optimizer(session, config.optimizer)
-        return (
-            has_gradient and apply_update(session, optimizer, paid, pool, advantages, paid.rewards.rewards, 0).stepped
-        )
+        optimizer, bad = make_optimizer(session, config.optimizer), first_place(paid.numbers())
+        return has_gradient and apply_update(session, optimizer, paid, pool, advantages, 0, bad).stepped
 
     with _put_back(session):
         stepped, *update = _measured(device, step)

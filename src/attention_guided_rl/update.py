@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attention_guided_rl.config import OptimizerConfig
+from attention_guided_rl.errors import MemoryLimitError
 from attention_guided_rl.randomness import Purpose, generator
 from attention_guided_rl.records import Advantages, PairPool, TrajectoryBatch, UpdateBatch
 from attention_guided_rl.session import PaidRows, Session
@@ -22,13 +23,30 @@ WEIGHT_METRICS = (*SUMMED_METRICS, "optimizer/gradient_norm")
 """Metrics of the optimiser step; null when there was none."""
 
 
+PLACES = {
+    "policy/entropy": "logits",
+    "loss/kl": "KL",
+    "loss/policy": "loss",
+    "loss/total": "loss",
+    "policy/sampler_mismatch": "loss",
+    "optimizer/gradient_norm": "gradient",
+}
+"""Where a number was not finite if this metric is the first that is not."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What happened to the weights in an update."""
 
     metrics: dict[str, float | None]
     stepped: bool
-    finite: bool
+    place: str | None = None
+    """Where the first number was seen that is not finite; the weights are then as they were."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers were."""
+        return self.place is None
 
 
 def make_optimizer(session: Session, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -47,31 +65,46 @@ def apply_update(
     paid: PaidRows,
     pool: PairPool,
     advantages: Advantages,
-    rewards: Tensor,
     update: int,
+    place: str | None = None,
 ) -> Outcome:
     """Accumulate the gradient of the kept rows over micro-batches and processes, and take one optimiser step.
 
-    No step, not even for the KL, when no row is kept or every kept advantage is exactly 0; none when a reward, the
-    loss or the gradient is not finite. `advantages` and `rewards` are of all rows, `paid` and `pool` of this process's.
+    No step, not even for the KL, when no row is kept or every kept advantage is exactly 0; none when a number was not
+    finite: `place` if it was seen before, else in the loss or the gradient. `advantages` are of all rows, `paid` and
+    `pool` of this process's.
+
+    Raises:
+        MemoryLimitError: memory ran out on some process; on all of them, and nothing has changed.
     """
-    config, processes = session.config, session.processes
-    learning_rate = _learning_rate(config.optimizer, update)
+    learning_rate = _learning_rate(session.config.optimizer, update)
     metrics: dict[str, float | None] = {"optimizer/learning_rate": learning_rate, **dict.fromkeys(WEIGHT_METRICS)}
     kept_advantages = advantages.advantages[advantages.keep]
-    if not bool(torch.isfinite(rewards).all()):
-        return Outcome(metrics, stepped=False, finite=False)
+    if place is not None:
+        return Outcome(metrics, stepped=False, place=place)
     if not bool((kept_advantages != 0).any()):
-        return Outcome(metrics, stepped=False, finite=True)
+        return Outcome(metrics, stepped=False)
+    optimizer.zero_grad()
+    try:
+        with session.processes.meeting(), session.micro_batch.watch("learning", paid.rows.num_rows):
+            sums = _accumulate(session, paid, pool, advantages, update)
+    except MemoryLimitError:
+        optimizer.zero_grad()  # what was accumulated takes room, and is not the gradient of smaller micro-batches
+        raise
+    return _step(session, optimizer, metrics, sums, learning_rate)
 
-    rows = paid.rows
+
+def _accumulate(
+    session: Session, paid: PaidRows, pool: PairPool, advantages: Advantages, update: int
+) -> dict[str, Tensor]:
+    """Add up this process's gradients, and return the sums of its metrics."""
+    config, processes, rows = session.config, session.processes, paid.rows
     start = processes.rank * rows.num_rows
     mine = slice(start, start + rows.num_rows)
     keep = advantages.keep[mine].nonzero()[:, 0].to(rows.ids.device)
     denominator = int(advantages.keep.sum()) * rows.num_steps * rows.layout.query_len
     own_advantages = advantages.advantages[mine].to(rows.ids.device)
     sums: dict[str, Tensor] = {}
-    optimizer.zero_grad()
     for number, index in enumerate(keep.split(session.micro_batch_rows)):
         if len(index) == 0:
             continue
@@ -90,7 +123,7 @@ def apply_update(
         output.loss.backward()
         for name, value in {"loss/total": output.loss.detach(), **output.metrics}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
-    return _step(session, optimizer, metrics, sums, learning_rate)
+    return sums
 
 
 def picked_logprobs(
@@ -133,15 +166,16 @@ def _step(
     session.processes.sum_([p.grad for p in parameters if p.grad is not None] + [totals])
     norm = nn.utils.clip_grad_norm_(parameters, session.config.optimizer.max_grad_norm)
     values = dict(zip(SUMMED_METRICS, totals.tolist(), strict=True)) | {"optimizer/gradient_norm": float(norm)}
-    finite = all(math.isfinite(v) for v in values.values())
-    if finite:
+    place = next((place for name, place in PLACES.items() if not math.isfinite(values[name])), None)
+    if place is None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
         if session.ema is not None:
             session.ema.update()
     optimizer.zero_grad()
-    return Outcome(metrics | {k: v for k, v in values.items() if math.isfinite(v)}, stepped=finite, finite=finite)
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    return Outcome(metrics | finite, stepped=place is None, place=place)
 
 
 def _learning_rate(config: OptimizerConfig, update: int) -> float:
