@@ -14,7 +14,12 @@ def together(work: Callable[[int], None]) -> list[int]:
     """Call `work(rank)` in each of two processes; return their exit codes: 0, that of an AgrlError, or 70."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        place = {
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
     children = []
     for rank in range(2):
         child = os.fork()
