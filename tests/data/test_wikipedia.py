@@ -610,7 +610,7 @@ def test_what_does_not_pass_is_an_error_in_the_end(mills, tmp_path, name, cause)
     mills.always = PASSING[name]
 
     with pytest.raises(RemoteError, match=rf"^127\.0\.0\.1: gave up after \d+ attempts: {cause}$") as caught:
-        read(mills, make_network(tmp_path, deadline_s=0.05), title="Post mill")
+        read(mills, make_network(tmp_path, deadline_s=4.0), title="Post mill")  # that much of waits, not of seconds
     assert caught.value.exit_code == 5
 
 
