@@ -289,6 +289,28 @@ def test_a_setting_out_of_range_is_refused_by_name(field, overrides):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        ({}, False),
+        ({"corpus.seed": 5}, True),
+        ({"corpus.seed": 5, "evaluation.corpus.seed": 5}, False),
+        ({"corpus.seed": 5, "corpus.shuffle": False, "evaluation.corpus.shuffle": False}, False),
+        ({"evaluation.corpus.shuffle": False}, True),
+        ({"corpus.seed": 5, "evaluation.corpus.name": "another/one"}, False),
+        ({"corpus.seed": 5, "evaluation.corpus.split": "train"}, False),
+    ],
+    ids=str,
+)
+def test_two_splits_of_one_stream_are_read_in_one_order(overrides, refused):
+    """In another order the other of two near-duplicates would stay: one trained on, one held out."""
+    if not refused:
+        load_config("wikipedia", overrides=overrides)
+        return
+    with pytest.raises(ConfigError, match=r"evaluation\.corpus\.shuffle and seed must be those of corpus"):
+        load_config("wikipedia", overrides=overrides)
+
+
 def test_all_settings_out_of_range_are_named_at_once():
     with pytest.raises(ConfigError) as error:
         load_config(overrides={"rollout.articles": 0, "pairs.num_pairs": 0})

@@ -416,9 +416,21 @@ def test_proxy_of_the_environment_is_used(server, monkeypatch, named, scheme):
 
 def test_no_proxy_is_used_where_the_environment_says_so(server, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "wiki.example")
+    meant = connect_to(monkeypatch, server.port)
 
-    assert get(server.url).status_code == 200
+    assert get("http://wiki.example/w/api.php").status_code == 200
+    assert meant == [("wiki.example", 80)]
+    assert server.requests[0].target == "/w/api.php"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_what_goes_to_this_machine_goes_through_no_proxy(server, monkeypatch, host):
+    """A proxy would read text and key, and ask its own machine for what is on this one."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+
+    assert get(server.url.replace("127.0.0.1", host)).status_code == 200
     assert server.requests[0].target == "/w/api.php"
 
 
@@ -426,7 +438,7 @@ def test_proxy_of_another_kind_is_not_passed_by_in_silence(server, monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "socks5://me:hunter2@127.0.0.1:9")
 
     with pytest.raises(ConfigError, match="only http proxies") as caught:
-        get(server.url)
+        get("http://wiki.example/w/api.php")
     assert "hunter2" not in str(caught.value)
     assert server.requests == []
 

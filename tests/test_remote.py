@@ -1,5 +1,6 @@
 """The original experiment end to end: articles from a MediaWiki and vectors from a service, both on this machine."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from accelerate import PartialState
 from fake_embeddings import KEY, TRANSIENT, EmbeddingServer, Request
 from fake_mediawiki import FakeMediaWiki, Page, reset, status
+from pyarrow import parquet
 from transformers import LlamaConfig, LlamaForCausalLM
 from verified import main
 
@@ -223,6 +226,66 @@ def test_the_original_experiment_over_loopback_services(agrl, whole, wiki, servi
     assert agrl("c", whole.cache, "--offline", "--training.updates", "1", "--evaluation.articles", "0")[0] == 0
     assert len(service.requests) == 1
     assert lines(tmp_path / "runs" / "c" / "trajectories.jsonl") == training[:1]
+
+
+def split_by_hand(title: str) -> str:
+    share = int(hashlib.sha256(title.lower().encode()).hexdigest()[:16], 16) / 2**64
+    return "train" if share < 0.9 else "dev" if share < 0.95 else "test"
+
+
+def test_the_preset_wikipedia_trains_on_one_split_of_a_stream_and_is_measured_on_another(
+    chat_model, service, tmp_path, monkeypatch
+):
+    """Parquet files as of wikimedia/wikipedia, the model with a chat template, and the service over HTTP."""
+    titles = [f"Mill {number}" for number in range(60)]
+    (tmp_path / "wikipedia" / "20231101.en").mkdir(parents=True)
+    words = ["grinds", "oats", "and", "rye", "on", "the", "river", "road", "near", "the", "old", "stone", "bridge"]
+    table = pyarrow.table(
+        {
+            "id": [str(number) for number in range(60)],
+            "url": [f"https://en.wikipedia.org/wiki/Mill_{number}" for number in range(60)],
+            "title": titles,
+            "text": [" ".join(f"{words[i % 13]} {title[5:]}.{i}" for i in range(30)) for title in titles],
+        }
+    )
+    parquet.write_table(table, tmp_path / "wikipedia" / "20231101.en" / "train-00000-of-00001.parquet")
+    monkeypatch.chdir(tmp_path)
+    sizes = {
+        "model.name": chat_model,
+        "model.dtype": "float32",
+        "model.lora-rank": 2,
+        "training.device": "cpu",
+        "corpus.name": "wikipedia",
+        "evaluation.corpus.name": "wikipedia",
+        "training.updates": 2,
+        "pairs.num-pairs": 5,
+        "pairs.key-tokens": 12,
+        "pairs.value-tokens": 12,
+        "rollout.query-tokens": 4,
+        "rollout.articles": 2,
+        "rollout.trajectories": 2,
+        "rollout.steps": 3,
+        "evaluation.articles": 1,
+        "evaluation.num-probes": 1,
+        "evaluation.oracle": "false",
+        "selection.calibration-queries": 4,
+        "embedder.base-url": service.url,
+        "network.cache": "cache",
+        "log.trajectories-every": 1,
+    }
+    command = ["train", "--preset", "wikipedia", *(str(part) for k, v in sizes.items() for part in (f"--{k}", v))]
+    assert main([*command, "--run", "a"]) == 0
+
+    title_of = {pair["pair"]: pair["title"] for pair in lines(tmp_path / "runs" / "a" / "pairs.jsonl")}
+    read = {"train": set(), "evaluation": set()}
+    for t in lines(tmp_path / "runs" / "a" / "trajectories.jsonl"):
+        read[t["phase"]] |= {title_of[pair] for pair in t["pairs"]}
+    assert {split_by_hand(title) for title in read["train"]} == {"train"}
+    assert {split_by_hand(title) for title in read["evaluation"]} == {"dev"}
+    assert len(read["train"]) == 4
+    assert "https://en.wikipedia.org/wiki/Mill_" in (tmp_path / "runs" / "a" / "ATTRIBUTION.md").read_text()
+    texts = [text for request in service.requests for text in request.texts]
+    assert len(texts) == len(set(texts))
 
 
 def test_faults_of_both_services_change_no_bit_and_the_cap_holds(agrl, whole, wiki, service, tmp_path):

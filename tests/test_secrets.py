@@ -17,7 +17,7 @@ QUICK = tuple(sorted(set(TRANSIENT) - {"black_hole", "slow_drip", "rate_limit_se
 
 @pytest.fixture(scope="module")
 def proxy():
-    """A service that is reached as a proxy with a password, and repeats the key in every error."""
+    """A service that is a proxy with a password as well, and repeats the key in every error."""
     with EmbeddingServer(key=KEY) as server:
         yield server
 
@@ -63,6 +63,7 @@ def run(config, outside) -> Path:
     return config.parent / "a"
 
 
+OUTSIDE = ("--embedder.base-url", "http://embeddings.example/v1", "--embedder.send-local-text", "true")
 COMMANDS = {  # arguments, what is wrong with the service, exit code
     "train, with faults": (("train", "CONFIG", "--run", "c", "NEW", "--evaluation.articles", "0"), QUICK, 0),
     "train, key refused": (("train", "CONFIG", "--run", "d"), ("key",), 4),
@@ -70,6 +71,7 @@ COMMANDS = {  # arguments, what is wrong with the service, exit code
     "train, quota used up": (("train", "CONFIG", "--run", "d"), ("insufficient_quota",), 6),
     "train, nonsense": (("train", "CONFIG", "--run", "d"), ("html",), 5),
     "train --dry-run": (("train", "CONFIG", "--dry-run"), (), 0),
+    "train, through the proxy": (("train", "CONFIG", "--run", "e", *OUTSIDE), (), 4),  # which the key must not pass
     "corpus": (("corpus", "CONFIG"), (), 0),
     "corpus, no wiki": (("corpus", "--preset", "text", "--model.name", "tiny", "WIKI", "NEW"), (), 5),
     "headroom": (("headroom", "CONFIG"), (), 0),
@@ -85,7 +87,7 @@ COMMANDS = {  # arguments, what is wrong with the service, exit code
 def test_no_secret_is_shown_or_written(run, config, proxy, tmp_path, monkeypatch, capfd, caplog, command):
     monkeypatch.chdir(tmp_path)
     arguments, faults, expected = COMMANDS[command]
-    wiki = ("--corpus.kind", "wikipedia", "--corpus.title", "Mill", "--corpus.site", proxy.url + "/api.php")
+    wiki = ("--corpus.kind", "wikipedia", "--corpus.title", "Mill", "--corpus.site", "http://wiki.example/w/api.php")
     words = {
         "CONFIG": ("--config", str(config)),
         "RUN": (str(run),),
@@ -110,7 +112,7 @@ def test_no_secret_is_shown_or_written(run, config, proxy, tmp_path, monkeypatch
 
 def test_the_secrets_were_there(run, proxy):
     """So that the test above has something to find."""
-    headers = {name.lower(): value for name, value in proxy.requests[0].headers.items()}
+    headers = {name.lower(): value for request in proxy.requests for name, value in request.headers.items()}
     assert headers["authorization"] == f"Bearer {KEY}"
     assert headers["proxy-authorization"] == f"Basic {base64.b64encode(f'reader:{PASSWORD}'.encode()).decode()}"
     assert redact(f"{KEY} {TOKEN} http://reader:{PASSWORD}@a") == "[OPENAI_API_KEY] [HF_TOKEN] http://[password]@a"

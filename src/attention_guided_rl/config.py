@@ -6,7 +6,7 @@ loads. How a configuration comes from presets, files and the command line is in 
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -577,6 +577,7 @@ class Config:
         )
         self._check_filter()
         self._check_reward()
+        self._check_splits()
         _require(
             not self.training.shuffled_rewards or self.rollout.trajectories >= 2,
             "training.shuffled_rewards needs rollout.trajectories of at least 2",
@@ -610,6 +611,20 @@ class Config:
             self.reward.gradient_weight == 0 or not self.training.shuffled_rewards,
             "training.shuffled_rewards does not reach the gradient of reward.gradient_weight, so it would be no "
             "control; set reward.gradient_weight to 0",
+        )
+
+    def _check_splits(self) -> None:
+        """Of near-duplicates the first one read stays: in another order it is another one, of another split."""
+        ours, held_out = self.corpus, self.evaluation.corpus
+        by_order = ours.kind == "hub" or (ours.kind == "dump" and ours.index is not None)
+        if held_out is None or held_out.split == ours.split or not by_order or not ours.drop_near_duplicates:
+            return
+        same_source = replace(held_out, split=ours.split, shuffle=ours.shuffle, seed=ours.seed) == ours
+        same_order = held_out.shuffle == ours.shuffle and (held_out.seed == ours.seed or not ours.shuffle)
+        _require(
+            same_order or not same_source,
+            "evaluation.corpus.shuffle and seed must be those of corpus: near-duplicates are looked for in the order "
+            "of reading, so in another order one of what is trained on could be held out",
         )
 
     def _check_encyclopedia(self, corpus: CorpusConfig, key: str, num_probes: int) -> None:

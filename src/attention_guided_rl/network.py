@@ -270,7 +270,8 @@ class _GuardedTransport(httpx2.BaseTransport):
 
     def _send(self, request: httpx2.Request, *, check: bool) -> httpx2.Response:
         url = request.url
-        if url.scheme in self._proxies and not urllib.request.proxy_bypass(url.host):
+        goes_out = not is_loopback(url.host)  # a proxy would take it for its own machine, and read text and key
+        if goes_out and url.scheme in self._proxies and not urllib.request.proxy_bypass(url.host):
             return self._proxy(url.scheme).handle_request(request)  # which resolves the name itself
         if not check:
             return self._direct.handle_request(request)

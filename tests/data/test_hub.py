@@ -333,6 +333,18 @@ def test_a_card_that_names_files_elsewhere_is_refused(tmp_path, network, no_sock
         read(tmp_path, network, subset="near")
 
 
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+def test_a_card_inside_a_subset_is_looked_at_too(tmp_path, network, no_sockets, name):
+    """The library follows it, to any file of this machine."""
+    write(tmp_path / "towers" / "one" / "train.parquet", [row(1)])
+    write(tmp_path / "diary.parquet", [row(2)])
+    card = CARD.format(tmp_path / "diary.parquet")
+    (tmp_path / "towers" / "one" / name).write_text(card if name == "README.md" else card.split("---")[1])
+
+    with pytest.raises(UnsafeError, match="names files elsewhere"):
+        read(tmp_path / "towers", network, subset="one")
+
+
 def no_file(folder: Path) -> dict:
     folder.mkdir(exist_ok=True)
     return {}

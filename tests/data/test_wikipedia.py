@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
 import socket
 import subprocess
@@ -454,7 +455,7 @@ def test_title_is_never_the_name_of_a_file(tmp_path, network, title):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
 
     assert {path.parent for path in files} == {tmp_path / "cache" / "wikipedia"}
-    assert {path.suffix for path in files if path.name != ".lock"} == {".json"}
+    assert {path.suffix for path in files if path.name not in (".lock", ".asked")} == {".json"}
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "other page", "empty", "no text"])
@@ -609,7 +610,7 @@ def test_what_does_not_pass_is_an_error_in_the_end(mills, tmp_path, name, cause)
     mills.always = PASSING[name]
 
     with pytest.raises(RemoteError, match=rf"^127\.0\.0\.1: gave up after \d+ attempts: {cause}$") as caught:
-        read(mills, make_network(tmp_path, deadline_s=0.05), title="Post mill")
+        read(mills, make_network(tmp_path, deadline_s=4.0), title="Post mill")  # that much of waits, not of seconds
     assert caught.value.exit_code == 5
 
 
@@ -691,6 +692,29 @@ def test_requests_keep_the_pace(mills, network, rate, interval):
     assert len(mills.requests) == 4  # the wiki itself, twice, the category, and its pages
     assert len(pauses) == 3
     assert all(interval - 0.1 < pause <= interval for pause in pauses)
+
+
+def test_the_pace_is_kept_from_one_corpus_and_process_to_the_next(mills, network):
+    """What another process has is a network of its own, over the same cache."""
+    read(mills, network, title="Tower mill")
+    other = make_network(network.config.cache)
+    read(mills, other, title="Post mill")
+
+    assert len(mills.requests) == 3
+    waits = [*network.sleep.__self__, *other.sleep.__self__]
+    assert len(waits) == 2
+    assert all(0.9 < wait <= 1.0 for wait in waits)
+
+
+def test_a_clock_that_was_set_back_stops_nobody(mills, network):
+    asked = network.cache("wikipedia") / ".asked"
+    asked.parent.mkdir()
+    asked.touch()
+    os.utime(asked, (2e9, 2e9))  # in 2033
+    read(mills, network, title="Post mill")
+
+    assert len(mills.requests) == 2
+    assert all(wait <= 1.0 for wait in network.sleep.__self__)
 
 
 def test_titles_are_read_from_a_file(mills, network, tmp_path):

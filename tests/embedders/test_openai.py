@@ -6,7 +6,9 @@ import os
 import random
 import socket
 import time
+import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -303,7 +305,7 @@ def test_texts_go_nowhere_else_whatever_the_service_says(service, make, address)
 
 
 def test_a_wrong_key_and_an_unknown_model_end_at_once(service, make, monkeypatch):
-    with pytest.raises(CredentialsError, match=r"embedder\.model") as caught:
+    with pytest.raises(CredentialsError, match=r"embedder\.model, and embedder\.base_url") as caught:
         make(model="text-embedding-4").encode(TEXTS)
     assert caught.value.exit_code == 4
     monkeypatch.setenv("OPENAI_API_KEY", "sk-another-000000")
@@ -487,6 +489,18 @@ def test_prices_of_openai_are_known_and_others_must_be_given(make):
     with pytest.raises(ConfigError, match="usd_per_million_tokens: set the price of 'text-embedding-9'") as caught:
         make.preflight(base_url=None, model="text-embedding-9", usd_per_million_tokens=None)
     assert caught.value.exit_code == 2
+
+
+def test_a_cap_needs_a_price_that_is_known(make):
+    """Or it would hold nothing back at a service that is paid elsewhere."""
+    elsewhere = EmbedderConfig(kind="openai", base_url="https://embeddings.example/v1", max_usd=1.0)
+    with pytest.raises(ConfigError, match=r"usd_per_million_tokens: set the price at embeddings\.example") as caught:
+        OpenAIEmbedder.price(elsewhere)
+    assert caught.value.exit_code == 2
+    with pytest.raises(ConfigError, match="set the price"):
+        make.preflight(base_url="https://embeddings.example/v1", max_usd=1.0, usd_per_million_tokens=None)
+    assert OpenAIEmbedder.price(replace(elsewhere, usd_per_million_tokens=0.0))[1] == 0.0
+    assert OpenAIEmbedder.price(replace(elsewhere, base_url="http://localhost:8080/v1"))[1] == 0.0
 
 
 # ---- starting ----
@@ -684,6 +698,15 @@ def test_the_key_is_in_no_error_log_warning_or_file(service, make, tmp_path, cap
     files = [path for path in Path(tmp_path).rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {STORE}
     assert not any(KEY.encode() in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize("fault", ["error_500", "forbidden", "html", "insufficient_quota"])
+def test_the_key_is_in_no_traceback(service, make, fault):
+    """Which Python prints with all causes where nobody catches the error."""
+    service.faults, service.probability = [fault], 1.0
+    with pytest.raises(AgrlError) as caught:
+        make(deadline_s=0.05).encode(TEXTS)
+    assert KEY not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("ending", ["", "\n"])

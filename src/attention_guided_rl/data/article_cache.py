@@ -21,6 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 from attention_guided_rl.errors import StorageError
 from attention_guided_rl.storage import write_text
 
+CACHE_FOLDER = "wikipedia"  # in the cache
+
 _REVISION = re.compile(rb'\n "page_id": (\d{1,18}),\n "revision": (\d{1,18}),\n')  # in no text: JSON escapes its lines
 
 _log = logging.getLogger(__name__)

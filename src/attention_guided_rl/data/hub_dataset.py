@@ -124,9 +124,10 @@ def _open_folder(folder: Path, name: str, commit: str, config: CorpusConfig, net
     """Open a folder with data files; a subset is one that its card names, or a folder in it."""
     from datasets import load_dataset_builder
 
-    card = _read_card(folder / _CARD) | _read_yaml(folder / ".huggingface.yaml")
+    card = _read_cards(folder)
     choices = [(folder, config.subset)]
     if config.subset is not None and (folder / config.subset).is_dir():
+        _read_cards(folder / config.subset)  # the library would follow these too
         choices.append((folder / config.subset, None))
     for place, subset in choices:
         try:
@@ -157,6 +158,11 @@ def _dataset(builder: Any, name: str, commit: str, card: dict[str, Any], config:
         stream=stream,
         files=files if len(files) == stream.num_shards else (),
     )
+
+
+def _read_cards(folder: Path) -> dict[str, Any]:
+    """Return what the files that describe a folder state."""
+    return _read_card(folder / _CARD) | _read_yaml(folder / ".huggingface.yaml")
 
 
 def _read_card(path: Path) -> dict[str, Any]:

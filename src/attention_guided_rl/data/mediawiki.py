@@ -4,7 +4,9 @@ In: titles, or the query of a list. Out: the pages behind redirects, each with i
 article. Requests go out one at a time, at a measured pace, with `maxlag`, and are repeated while that may help.
 """
 
+import contextlib
 import functools
+import os
 import re
 import time
 import unicodedata
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 
 import httpx2
 
-from attention_guided_rl.data.article_cache import CachedPage, CachedSite, digest
+from attention_guided_rl.data.article_cache import CACHE_FOLDER, CachedPage, CachedSite, digest
 from attention_guided_rl.data.mediawiki_reply import (
     CIRCLE,
     INVALID,
@@ -26,7 +28,7 @@ from attention_guided_rl.data.mediawiki_reply import (
 )
 from attention_guided_rl.data.plain_text import printable
 from attention_guided_rl.data.wikitext import NO_PROSE_NAMESPACES
-from attention_guided_rl.errors import CredentialsError, RemoteError
+from attention_guided_rl.errors import CredentialsError, RemoteError, StorageError
 from attention_guided_rl.network import Network, Transient, retry_after
 
 MAX_TITLES = 50  # of a request; the API refuses more
@@ -97,7 +99,7 @@ class MediaWiki:
         self.address = address
         self._network = network
         self._interval = 1 / requests_per_second
-        self._next = 0.0
+        self._asked = network.cache(CACHE_FOLDER) / ".asked"
         self._client: httpx2.Client | None = None
 
     def close(self) -> None:
@@ -214,10 +216,7 @@ class MediaWiki:
 
     def _attempt(self, parameters: Mapping[str, str | int]) -> Reply:
         """Send one request. Raises Transient where another may succeed, RemoteError or CredentialsError otherwise."""
-        pause = self._next - time.monotonic()
-        if pause > 0:
-            self._network.sleep(pause)
-        self._next = time.monotonic() + self._interval
+        self._keep_pace()
         if self._client is None:
             self._client = self._network.client(self.address.site, trusted=self.address.trusted)
         try:
@@ -235,6 +234,18 @@ class MediaWiki:
         if PASSING_ERRORS.fullmatch(reply.error.code):
             raise Transient(said, wait)
         raise RemoteError(f"{self.address.host}: refused the request: {said}")
+
+    def _keep_pace(self) -> None:
+        """Wait for the interval after the last request of any corpus and process, which the time of a file tells."""
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                pause = self._asked.stat().st_mtime + self._interval - time.time()
+                if 0 < pause <= self._interval:  # not for ever if the clock was set back
+                    self._network.sleep(pause)
+            self._asked.touch()
+            os.utime(self._asked, (now := time.time(), now))  # the file system's own time lags by milliseconds
+        except OSError as error:
+            raise StorageError(f"{self._asked}: cannot write: {error.strerror or error}") from error
 
     def _check_status(self, status: int, wait: float | None) -> None:
         host = self.address.host

@@ -14,7 +14,15 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from attention_guided_rl.config import CorpusConfig
-from attention_guided_rl.data.article_cache import ArticleCache, CachedPage, CachedSite, CachedTitles, Reply, digest
+from attention_guided_rl.data.article_cache import (
+    CACHE_FOLDER,
+    ArticleCache,
+    CachedPage,
+    CachedSite,
+    CachedTitles,
+    Reply,
+    digest,
+)
 from attention_guided_rl.data.hygiene import without_near_duplicates
 from attention_guided_rl.data.mediawiki import WIKIPEDIA_HOST, MediaWiki, WikiAddress, batches, normal_title, quoted
 from attention_guided_rl.data.mediawiki_reply import EMPTY, INVALID, MISSING, SEVERAL
@@ -50,7 +58,7 @@ class WikipediaCorpus:
         """Near-duplicates, and titles of a list without an article of their own, that were left out."""
         self._shuffle, self._seed = config.shuffle, config.seed
         with contextlib.closing(MediaWiki(address, config.requests_per_second, network)) as wiki:
-            library = _Library(wiki, ArticleCache(network.cache("wikipedia"), address.site), network)
+            library = _Library(wiki, ArticleCache(network.cache(CACHE_FOLDER), address.site), network)
             if config.title:
                 self._articles = [library.article(titles[0])]
                 return

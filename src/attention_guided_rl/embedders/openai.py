@@ -173,13 +173,15 @@ class OpenAIEncoder:
         except openai.APIStatusError as error:
             if error.status_code not in (502, 504):  # a refusal is not billed; a gateway knows not what it lost
                 self.ledger.settle(entry, 0)
-            raise self._refusal(error) from error
+            raise self._refusal(error) from None  # whose text may hold the key, and tracebacks show it
         except openai.APIConnectionError as error:  # a timeout may have been billed: what was reserved stays
             if isinstance(error.__cause__, AgrlError):
                 raise error.__cause__ from None
+            hint = ""
             if isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout):
                 self.ledger.settle(entry, 0)
-            raise Transient(f"no answer ({redact(str(error.__cause__ or error))})") from error
+                hint = "; check the connection and embedder.base_url"
+            raise Transient(f"no answer ({redact(str(error.__cause__ or error))}){hint}") from error
         except (openai.OpenAIError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise _MalformedError(f"not a list of embeddings ({type(error).__name__})") from error
         vectors = _checked(reply, len(texts), self._dimensions)
@@ -198,7 +200,10 @@ class OpenAIEncoder:
         if status in (401, 403):
             return CredentialsError(f"{service}: refused the key ({status}: {said}); set OPENAI_API_KEY to a valid one")
         if status == 404:
-            return CredentialsError(f"{service}: not there, or not open to this key ({said}); check embedder.model")
+            return CredentialsError(
+                f"{service}: not there, or not open to this key ({said}); check embedder.model, and embedder.base_url, "
+                "which mostly ends in /v1"
+            )
         if status in (408, 409, 429) or status >= 500:
             return Transient(f"status {status} ({said})", retry_after(error.response.headers))
         return RemoteError(f"{service}: refused the request ({status}: {said})")
@@ -232,6 +237,11 @@ def _price(config: EmbedderConfig, url: httpx2.URL) -> float:
     if config.usd_per_million_tokens is not None:
         return config.usd_per_million_tokens
     if not _is_openai(url):
+        if config.max_usd is not None and not is_loopback(url.host):
+            raise ConfigError(
+                f"embedder.usd_per_million_tokens: set the price at {url.host}, which is not known here, so that "
+                "embedder.max_usd can hold (0: it is free)"
+            )
         return 0.0
     model = config.model or DEFAULT_MODEL
     if model not in MODELS:
