@@ -107,24 +107,30 @@ class Processes:
         An error that one process brings along is raised on all, so that none waits for another that has gone.
         """
         if self.count > 1:
-            self._meetings += 1
-            store = distributed.distributed_c10d._get_default_store()
-            word = "" if error is None else f"{type(error).__name__} {error}"
-            store.set(f"agrl/{self._meetings}/{self.rank}", f"here {word}")
-            for rank in range(self.count):
-                while not store.check([f"agrl/{self._meetings}/{rank}"]):
-                    if self._peers is not None and rank in self._peers.left():
-                        raise self._peers.lost("it did not come to a meeting")
-                    time.sleep(MEETING_INTERVAL)
-                name, _, message = store.get(f"agrl/{self._meetings}/{rank}").decode()[len("here ") :].partition(" ")
-                if name and error is None:
-                    kind = getattr(errors, name, None)  # None: a bug
-                    where = f"process {rank}: "
-                    error = kind(where + message) if kind else AgrlError(f"{where}{name} {message}")
-            if error is not None:
-                self._part(store)
+            with self._collective():
+                error = self._meet(error)
         if error is not None:
             raise error
+
+    def _meet(self, error: Exception | None) -> Exception | None:
+        """Wait for all; return this process's error, or the first that another brought along."""
+        self._meetings += 1
+        store = distributed.distributed_c10d._get_default_store()
+        word = "" if error is None else f"{type(error).__name__} {error}"
+        store.set(f"agrl/{self._meetings}/{self.rank}", f"here {word}")
+        for rank in range(self.count):
+            while not store.check([f"agrl/{self._meetings}/{rank}"]):
+                if self._peers is not None and rank in self._peers.left():
+                    raise self._peers.lost("it did not come to a meeting")
+                time.sleep(MEETING_INTERVAL)
+            name, _, message = store.get(f"agrl/{self._meetings}/{rank}").decode()[len("here ") :].partition(" ")
+            if name and error is None:
+                kind = getattr(errors, name, None)  # None: a bug
+                where = f"process {rank}: "
+                error = kind(where + message) if kind else AgrlError(f"{where}{name} {message}")
+        if error is not None:
+            self._part(store)
+        return error
 
     def _part(self, store: Any) -> None:
         """Leave no sooner than all know why: the store, in which they read it, ends with the main process."""

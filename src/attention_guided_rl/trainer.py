@@ -29,7 +29,7 @@ from attention_guided_rl.checkpoint import (
 from attention_guided_rl.config_files import config_to_yaml
 from attention_guided_rl.data.pairs import PoolStream
 from attention_guided_rl.diagnostics import AlarmBell, finite, raise_alarms, row_metrics
-from attention_guided_rl.errors import CheckpointError, NumericError
+from attention_guided_rl.errors import CheckpointError, NumericError, PeerLostError
 from attention_guided_rl.guard import WEIGHT, first_place
 from attention_guided_rl.interruption import collected_signals
 from attention_guided_rl.memory import out_of_memory
@@ -111,6 +111,8 @@ def train(session: Session, run: Path, *, resume: bool = False) -> Trained:
             try:
                 with processes.meeting():  # corpus and embedder may be remote
                     reading = read(session, stream, state.update, share)
+            except PeerLostError:
+                raise
             except Exception:  # nothing of this update is anywhere yet
                 if saved != checkpoint_path(run, state.update):
                     save(session, run, state, optimizer, logs)

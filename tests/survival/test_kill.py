@@ -4,7 +4,7 @@ import random
 
 from trials import KILLED, TORTURE, contents
 
-EVERY = 1 if TORTURE else 12
+EVERY = 1 if TORTURE else 20
 """Which of the file operations are tried."""
 
 
