@@ -463,7 +463,7 @@ MUTATIONS = (
         ("update.py", "        optimizer.zero_grad()  # what", "        pass  # what"),
     ),
     mistake(
-        "only the gradient is computed anew, not the rewards", "test_memory: first_update and backward",
+        "only the gradient is computed anew, not the rewards", "test_memory: begins_with_its_scoring",
         ("trainer.py", "return session.micro_batch.fit(reading.rows.num_rows, lambda: _learn(",
          "return (lambda rows, work: work())(0, lambda: _learn("),
         ("trainer.py", "apply_update(session, optimizer, paid, reading.pool, advantages, state.update, place)",

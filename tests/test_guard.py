@@ -260,7 +260,7 @@ def checkpoint_files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_goes_on_as_if_the_update_had_been_left_out(make_config, tmp_path, monkeypatch):
-    config = make_config({"training.checkpoint_every": 1})
+    config = make_config()
     with monkeypatch.context() as patch:
         at_updates(patch, {2}, PLANTED["KL"])
         begin(config, tmp_path / "poisoned")
@@ -290,7 +290,7 @@ def test_three_in_a_row_end_the_run_with_the_place_and_a_finite_checkpoint(make_
 
 
 def test_a_bad_weight_ends_the_run_at_once_and_a_resume_undoes_it(make_config, tmp_path, monkeypatch):
-    config = make_config({"training.checkpoint_every": 2, "training.updates": 5})
+    config = make_config({"training.checkpoint_every": 2, "training.updates": 4})
     begin(config, tmp_path / "clean")
     (tmp_path / "run").mkdir()
     with monkeypatch.context() as patch:

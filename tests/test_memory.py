@@ -12,7 +12,7 @@ from torch import Tensor, tensor
 from two import together
 
 from attention_guided_rl import cli, runs, trainer
-from attention_guided_rl.checkpoint import latest_checkpoint
+from attention_guided_rl.checkpoint import RunState, latest_checkpoint
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.errors import MemoryLimitError
 from attention_guided_rl.memory import RowLimit, out_of_memory, ran_out
@@ -21,6 +21,7 @@ from attention_guided_rl.pickers import replay, simple_pickers
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.session import Session
 from attention_guided_rl.trainer import learn, read, train
+from attention_guided_rl.update import make_optimizer
 
 SHORT = {"training.micro_batch_rows": 4, "model.lora_dropout": 0.3, "training.updates": 3}
 """Six rows in micro-batches of 4 and 2; the dropout depends on the number of a micro-batch."""
@@ -169,6 +170,24 @@ def test_running_out_later_is_the_smaller_micro_batch_from_that_update_on(make_c
         assert [m["memory/rollout_rows"] for m in metrics] == [None, 1, 1]
     else:
         assert [m["memory/micro_batch_rows"] for m in metrics] == [4, 2, 2]
+
+
+def test_an_interrupted_update_begins_with_its_scoring(make_session):
+    session = make_session(SHORT)
+    stream = session.stream(session.config.corpus, num_probes=0, purpose=Purpose.POOL)
+    reading = read(session, stream, 0, slice(0, 2))
+    real, passes = session.model.hidden, []
+
+    def hidden(ids, *others):
+        passes.append(("update" if torch.is_grad_enabled() else "scoring", len(ids)))
+        return real(ids, *others)
+
+    session.model.hidden = hidden
+    state = RunState(temperature=0.5, embedder=session.embedder.identity)
+    with short_of_memory(session, "update backward"):
+        learn(session, make_optimizer(session, session.config.optimizer), reading, state)
+    before = [("scoring", n) for n in (4, 2, 10)] + [("update", 4)]  # 10 values alone, in rows of 11 tokens, not 31
+    assert passes == before + [("scoring", n) for n in (2, 2, 2, 5, 5)] + [("update", 2)] * 3
 
 
 @pytest.mark.parametrize("place", PLACES)
