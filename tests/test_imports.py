@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 LAYERS = [
     layer.split()
     for layer in """
-    errors records randomness selection statistics secrets memory caching folding data.wikitext data.plain_text report
-        report.figures report.log_lines report.verdict report.audit
+    errors records randomness selection statistics secrets memory caching folding plain_data data.wikitext
+        data.plain_text report report.figures report.log_lines report.verdict report.audit
     config model distributed reward storage tables data.corpus data.text_files report.trajectories report.tables summary
     config_files rl_agent environment template loading tracking network data.hygiene data.encyclopedia
         data.article_cache report.drawing report.run_files run_settings

@@ -5,7 +5,6 @@ Weights come from safetensors only, and no code from a model repository ever run
 
 import contextlib
 import copy
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from attention_guided_rl.config import ModelConfig
 from attention_guided_rl.errors import ConfigError, CredentialsError, NumericError, RemoteError, UnsafeError
 from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.plain_data import parse_json
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-lm"
 
@@ -117,7 +117,7 @@ def model_source(config: ModelConfig, *, offline: bool = False) -> str:
     else:
         config_file = _hub_config(config, offline=offline)
     try:
-        contents = json.loads(config_file.read_text(encoding="utf-8"))
+        contents = parse_json(config_file.read_bytes())
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.name: {config.name!r}: config.json cannot be read: {error}") from None
     if not isinstance(contents, dict):
@@ -137,7 +137,7 @@ def max_positions(config: ModelConfig, *, offline: bool = False) -> int:
 
 def _tokenizer_wants_code(folder: Path) -> bool:
     try:
-        contents = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        contents = parse_json((folder / "tokenizer_config.json").read_bytes())
     except (OSError, ValueError):
         return False  # no such file, or one that the loading proper will complain about
     return isinstance(contents, dict) and "auto_map" in contents

@@ -24,6 +24,7 @@ from torch import Tensor
 from attention_guided_rl.config import LogConfig
 from attention_guided_rl.errors import CheckpointError, ConfigError, StorageError
 from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.plain_data import parse_json
 from attention_guided_rl.records import Article, PairPool, Rewards, Scores, TrajectoryBatch
 
 LOGS = ("metrics.jsonl", "trajectories.jsonl", "pairs.jsonl")
@@ -41,17 +42,21 @@ class RunLogs:
                 path = run / name
                 path.touch()
                 if lengths is not None:
-                    if path.stat().st_size < lengths[name]:
+                    if path.stat().st_size < lengths.get(name, math.inf):
                         raise CheckpointError(f"{path}: shorter than when the checkpoint was written; it was changed")
                     os.truncate(path, lengths[name])
+            with (run / "pairs.jsonl").open("rb") as lines:
+                self._written_pairs = {parse_json(line)["pair"] for line in lines}
             self._files = {name: (run / name).open("a", encoding="utf-8") for name in LOGS}
-            with (run / "pairs.jsonl").open(encoding="utf-8") as file:
-                self._written_pairs = {json.loads(line)["pair"] for line in file}
             self._attribution = run / "ATTRIBUTION.md"
             known = self._attribution.read_text(encoding="utf-8") if self._attribution.exists() else ""
             self._attributed = set(known.splitlines())
         except OSError as error:
             raise StorageError(f"{run}: cannot write the logs: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(
+                f"{run / 'pairs.jsonl'}: damaged; put it back from a copy, or start a new run"
+            ) from None
         self._tensorboard = _tensorboard_writer(run) if config.tensorboard else None
 
     def __enter__(self) -> "RunLogs":
