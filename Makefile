@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BENCH := .venv-bench
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: setup demo test check format bench bench-long bench-gpu bench-growth
+.PHONY: setup demo test fuzz check format bench bench-long bench-gpu bench-growth
 
 setup: $(VENV)/.installed
 
@@ -21,6 +21,9 @@ demo: setup  ## train and evaluate the embedded default, in a new run folder
 
 test: setup  ## run the tests
 	@$(PYTEST)
+
+fuzz: setup  ## new malformed inputs for every parser, other ones each time: make fuzz EXAMPLES=5000
+	AGRL_FUZZ_EXAMPLES=$(or $(EXAMPLES),1000) $(PYTEST) tests/fuzz
 
 check: setup  ## format, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """Fuzzing: hundreds of malformed inputs for one parser, made from valid ones, and what must hold for each of them.
 
-    fuzz("manifests", mutated(VALID), check, seeds=FOUND)
+    fuzz("manifests", mutated(VALID), check, folder, seeds=FOUND)
 
 In the suite the inputs are the same in every run. With AGRL_FUZZ_EXAMPLES=N, which `make fuzz` sets, each target gets N
 new ones; what that finds is kept as a seed.
@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,14 @@ class HangError(BaseException):
 
 
 def fuzz(
-    target: str, inputs: st.SearchStrategy[Any], check: Callable[[Any], object], seeds: Sequence[Any] = ()
+    target: str, inputs: st.SearchStrategy[Any], check: Callable[[Any], object], folder: Path, seeds: Sequence[Any] = ()
 ) -> None:
-    """Check seeds and drawn inputs, each within bounds of time and memory; count the different ones."""
+    """Check seeds and drawn inputs, within bounds of time and memory and writing in `folder` only; count them."""
     seen: set[bytes] = set()
 
     def one(item: Any) -> None:
         seen.add(hashlib.sha256(repr(item).encode(errors="surrogatepass")).digest())
-        with bounded():
+        with bounded(), only_in(folder):
             check(item)
 
     for seed in seeds:
@@ -82,7 +83,7 @@ def fuzz(
         drawn_from(inputs)(lambda item: one(item))
     )
     checked()
-    assert len(seen) >= wanted, f"{target}: {len(seen)} different inputs"
+    assert EXAMPLES or len(seen) >= wanted, f"{target}: {len(seen)} different inputs"
 
 
 @contextlib.contextmanager
@@ -105,6 +106,49 @@ def bounded() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, old)
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextlib.contextmanager
+def only_in(folder: Path) -> Iterator[None]:
+    """Require that nothing outside a folder is written, and that no program is started."""
+    _watched.append((os.path.realpath(folder), []))
+    try:
+        yield
+    finally:
+        _, strays = _watched.pop()
+        assert not strays, strays
+
+
+_watched: list[tuple[str, list[str]]] = []
+_CHANGES = (
+    "mkdir",
+    "rename",
+    "remove",
+    "rmdir",
+    "link",
+    "symlink",
+    "truncate",
+    "chmod",
+    "system",
+    "exec",
+    "posix_spawn",
+)
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _watched or event not in ("open", "subprocess.Popen", "shutil.rmtree", *(f"os.{name}" for name in _CHANGES)):
+        return
+    if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        return
+    folder, strays = _watched[-1]
+    if isinstance(arguments[0], int):  # a file that is open
+        return
+    path = os.path.realpath(os.fsdecode(arguments[0]))
+    if not path.startswith((f"{folder}/", "/dev/null")) and "__pycache__" not in path:
+        strays.append(f"{event} {path}")
+
+
+sys.addaudithook(_watch)
 
 
 def agrl(*arguments: object) -> tuple[int, str]:
@@ -169,6 +213,11 @@ def as_json(value: Any) -> bytes:
     for name, raw in RAW.items():
         text = text.replace(f'"{name}"', raw)
     return text.encode()
+
+
+def as_json_lines(rows: Any) -> bytes:
+    """Write a list as JSON lines; a mutation may have made something else of it."""
+    return b"".join(as_json(row) + b"\n" for row in (rows if isinstance(rows, list) else [rows]))
 
 
 @st.composite

@@ -164,7 +164,7 @@ def load_checkpoint(
             ema.load(load_file(path / "ema.safetensors"))
         if optimizer is not None:
             _restore_moments(model, optimizer, load_file(path / "optimizer.safetensors"))
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit the model: {_first_line(error)}") from None
     return state
 
@@ -211,6 +211,8 @@ def _moments(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str
 def _restore_moments(model: LanguageModel, optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_trainable().items():
         state = {key.rpartition("|")[2]: value for key, value in flat.items() if key.rpartition("|")[0] == name}
+        if any(value.shape != parameter.shape for key, value in state.items() if key != "step"):
+            raise ValueError(f"the optimiser's moments of {name} have another shape")
         for key, value in state.items():  # AdamW keeps its step counter on the host
             optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 

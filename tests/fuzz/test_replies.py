@@ -23,7 +23,17 @@ HEADERS = [
         {"Content-Type": f"application/json; charset={name}"}
         for name in ("utf-8", "x", "rot13", "base64", "bz2", "idna")
     ),
-    *({"Content-Type": value} for value in ("", ";", "text/html; charset", "application/json; charset=utf-16", "\xff")),
+    *(
+        {"Content-Type": value}
+        for value in (
+            "",
+            "application/json; charset=uu",
+            ";",
+            "text/html; charset",
+            "application/json; charset=utf-16",
+            "\xff",
+        )
+    ),
     *(
         {"Retry-After": value}
         for value in ("x", "-1", "1e400", "nan", "Thu, 99 Foo 9999 99:99:99", "1 2 3", "0" * 3000)
@@ -127,7 +137,7 @@ def test_a_wiki_is_read_or_refused_in_one_line(server, tmp_path, wanted):
             documented(error)
         assert {path.name.rstrip("0123456789") for path in tmp_path.iterdir()} <= {"cache"}
 
-    fuzz("pages" if wanted == 0 else "lists", answers([WIKI, WIKI, GOES_ON, REFUSED]), check, REPLIES)
+    fuzz("pages" if wanted == 0 else "lists", answers([WIKI, WIKI, GOES_ON, REFUSED]), check, tmp_path, REPLIES)
 
 
 # -- an embeddings service ---------------------------------------------------------------------------------------------
@@ -159,6 +169,9 @@ def test_vectors_are_taken_or_refused_in_one_line(server, tmp_path):
         EmbedderConfig(kind="openai", base_url=f"http://127.0.0.1:{server.port}/v1"), network_in(tmp_path / "cache")
     )
 
+    server.always = fake.body(as_json(VECTORS))
+    encoder.encode(TEXTS)  # the first time, the client library asks what machine this is
+
     def check(answer: tuple[int, dict[str, str], bytes]) -> None:
         status, headers, body = answer
         server.always = lambda handler: handler.send(status, body, headers)
@@ -171,7 +184,7 @@ def test_vectors_are_taken_or_refused_in_one_line(server, tmp_path):
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
         assert len(vectors) == 3
 
-    fuzz("vectors", answers([VECTORS, VECTORS, PACKED, NO]), check, BAD_VECTORS)
+    fuzz("vectors", answers([VECTORS, VECTORS, PACKED, NO]), check, tmp_path, BAD_VECTORS)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 

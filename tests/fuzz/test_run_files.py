@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from fuzzing import agrl, as_json, damaged, documented, fuzz, mutated
+from fuzzing import INPUTS, agrl, as_json, as_json_lines, damaged, documented, fuzz, mutated
 from hypothesis import strategies as st
 
 from attention_guided_rl.checkpoint import (
@@ -31,11 +30,6 @@ from attention_guided_rl.tracking import RunLogs
 
 pytestmark = pytest.mark.timeout(600)
 BROKEN = [b"", b"null", b"[]", b"3", b'"x"', b"{}", b"\xff", b"[" * 10**5, b"9" * 5000, b"{" * 10**5, b"\0" * 10**6]
-
-
-def lines_of(rows: Any) -> bytes:
-    """Write a list as JSON lines; a mutation may have made something else of it."""
-    return b"".join(as_json(row) + b"\n" for row in (rows if isinstance(rows, list) else [rows]))
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -152,7 +146,7 @@ def test_a_checkpoint_is_loaded_or_refused_in_one_line(run, make_model):
         ),
         ("state.json", as_json({**PLAIN_STATE, "temperature": float("nan")}), True),
     ]
-    fuzz("checkpoints", spoiled(contents), check, found)
+    fuzz("checkpoints", spoiled(contents), check, run, found)
 
 
 def test_the_logs_of_a_run_are_gone_on_with_or_refused_in_one_line(tmp_path):
@@ -168,7 +162,13 @@ def test_the_logs_of_a_run_are_gone_on_with_or_refused_in_one_line(tmp_path):
         except CheckpointError as error:
             documented(error)
 
-    fuzz("logs", damaged([good], [b'{"pair": []}\n', b"[]\n", b"3\n", b"\xff\n"]), check, [b + b"\n" for b in BROKEN])
+    fuzz(
+        "logs",
+        damaged([good], [b'{"pair": []}\n', b"[]\n", b"3\n", b"\xff\n"]),
+        check,
+        tmp_path,
+        [b + b"\n" for b in BROKEN],
+    )
 
 
 # -- orders ------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,13 @@ def test_orders_are_read_or_refused_in_one_line(tmp_path):
 
     separated = [{**ORDERS[0], "title": "a\u2028b\x85c"}, ORDERS[1]]
     found = [*BROKEN, "".join(json.dumps(o, ensure_ascii=False) + "\n" for o in separated).encode()]
-    fuzz("orders", st.one_of(mutated([ORDERS]).map(lines_of), damaged([lines_of(ORDERS)])), check, found)
+    fuzz(
+        "orders",
+        st.one_of(mutated([ORDERS]).map(as_json_lines), damaged([as_json_lines(ORDERS)])),
+        check,
+        tmp_path,
+        found,
+    )
 
 
 # -- evaluations and reports -------------------------------------------------------------------------------------------
@@ -227,8 +233,9 @@ CONFIG = {
 
 
 def write_run(folder: Path, files: dict[str, bytes]) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
@@ -236,7 +243,7 @@ def write_run(folder: Path, files: dict[str, bytes]) -> Path:
 
 EVALUATED = {
     "config.yaml": yaml.safe_dump(CONFIG).encode(),
-    "evaluation.jsonl": lines_of(RECORDS),
+    "evaluation.jsonl": as_json_lines(RECORDS),
     "evaluation.json": b'{"held_out": true}',
 }
 
@@ -248,7 +255,7 @@ def spoiled_files(draw: st.DrawFn, files: dict[str, bytes], valid: dict[str, Any
     how = draw(st.sampled_from(("value", "value", "bytes", "broken")))
     if how == "value" and name in valid:
         value = draw(mutated([valid[name]]))
-        data = lines_of(value) if name.endswith("l") and name != "config.yaml" else as_json(value)
+        data = as_json_lines(value) if name.endswith("l") and name != "config.yaml" else as_json(value)
     else:
         data = draw(st.sampled_from(BROKEN) if how == "broken" else damaged([files[name]]))
     return {**files, name: data}
@@ -266,9 +273,11 @@ def test_evaluations_are_compared_or_refused_in_one_line(tmp_path):
     found = [{**EVALUATED, name: data} for name in EVALUATED for data in BROKEN]
     odd = (None, "x", [], {}, 1e308, float("nan"), 10**400)
     changed = [[{**RECORDS[0], name: value}, *RECORDS[1:]] for name in RECORDS[0] for value in odd]
-    found += [{**EVALUATED, "evaluation.jsonl": lines_of(rows)} for rows in changed]
-    found += [{**EVALUATED, "evaluation.jsonl": lines_of(rows)} for rows in (RECORDS[:4], RECORDS[2:], RECORDS[:1])]
-    fuzz("evaluations", spoiled_files(EVALUATED, values), check, found)
+    found += [{**EVALUATED, "evaluation.jsonl": as_json_lines(rows)} for rows in changed]
+    found += [
+        {**EVALUATED, "evaluation.jsonl": as_json_lines(rows)} for rows in (RECORDS[:4], RECORDS[2:], RECORDS[:1])
+    ]
+    fuzz("evaluations", spoiled_files(EVALUATED, values), check, tmp_path, found)
 
 
 TRAJECTORY = {
@@ -305,7 +314,9 @@ SHOWN_VALUES = {
     "metrics.jsonl": METRICS, "pairs.jsonl": PAIRS,
     "trajectories.jsonl": [TRAJECTORY, {**TRAJECTORY, "phase": "train"}],
 }  # fmt: skip
-SHOWN = {name: lines_of(value) if name.endswith(".jsonl") else as_json(value) for name, value in SHOWN_VALUES.items()}
+SHOWN = {
+    name: as_json_lines(value) if name.endswith(".jsonl") else as_json(value) for name, value in SHOWN_VALUES.items()
+}
 
 
 def test_a_report_is_written_or_refused_in_one_line(tmp_path):
@@ -316,13 +327,13 @@ def test_a_report_is_written_or_refused_in_one_line(tmp_path):
         assert {path.name for path in run.iterdir()} == {*files, *(["report.html"] if code == 0 else [])}
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
-    found = [{**SHOWN, name: data} for name in SHOWN for data in BROKEN]
+    found = [{**SHOWN, name: data} for name in SHOWN for data in BROKEN[::2]]
     found += [
         {**SHOWN, "evaluation.json": as_json({**SUMMARY, name: value})}
         for name in SUMMARY
         for value in (None, "x", [1], 1e308)
     ]
-    fuzz("reports", spoiled_files(SHOWN, SHOWN_VALUES), check, found)
+    fuzz("reports", spoiled_files(SHOWN, SHOWN_VALUES), check, tmp_path, found)
 
 
 @pytest.mark.parametrize("name", [*SHOWN, "report.html"])
@@ -343,6 +354,4 @@ def test_folders_and_links_in_the_place_of_files_are_named(tmp_path, name):
 
 
 def test_there_are_as_many_malformed_inputs_as_promised():
-    from fuzzing import INPUTS
-
     assert sum(INPUTS.values()) >= 2000

@@ -232,7 +232,7 @@ class MediaWiki:
             raise RemoteError(f"{self.address.host}: redirects in a circle; correct corpus.site") from error
         wait = retry_after(response.headers)
         self._check_status(response.status_code, wait)
-        reply = read_reply(response.content, self.address.host)
+        reply = read_reply(response.text, self.address.host)
         if reply.error is None:
             return reply
         said = f"{printable(reply.error.code, 50)}: {printable(reply.error.info)}"

@@ -151,17 +151,16 @@ class Reply:
 _REPLY = TypeAdapter(Reply)
 
 
-def read_reply(body: bytes, host: str) -> Reply:
-    """Read a reply, which is UTF-8 whatever its head says of it.
+def read_reply(text: str, host: str) -> Reply:
+    """Read a reply.
 
     Raises:
         Transient: it is no JSON, as when a proxy answers.
         RemoteError: it is that of another service.
     """
     try:
-        return _REPLY.validate_json(body)
+        return _REPLY.validate_json(text)
     except ValidationError as error:
-        said = printable(body[:1000].decode(errors="replace"), 80)
         if error.errors(include_url=False, include_context=False, include_input=False)[0]["type"] == "json_invalid":
-            raise Transient(f"not an API reply: {said!r}") from None
-        raise RemoteError(f"{host}: not a reply of MediaWiki: {said!r}; correct corpus.site") from None
+            raise Transient(f"not an API reply: {printable(text, 80)!r}") from None
+        raise RemoteError(f"{host}: not a reply of MediaWiki: {printable(text, 80)!r}; correct corpus.site") from None
