@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BENCH := .venv-bench
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: setup demo test torture check format bench bench-long bench-gpu bench-growth
+.PHONY: setup demo test fuzz torture check format bench bench-long bench-gpu bench-growth
 
 setup: $(VENV)/.installed
 
@@ -24,6 +24,9 @@ test: setup  ## run the tests
 
 torture: setup  ## kill, starve and damage runs at every point, not at some: about half an hour
 	AGRL_TORTURE=1 $(BIN)/python -m pytest --timeout 7200 tests/survival tests/test_checkpoint.py
+
+fuzz: setup  ## new malformed inputs for every parser, other ones each time: make fuzz EXAMPLES=5000
+	AGRL_FUZZ_EXAMPLES=$(or $(EXAMPLES),1000) $(PYTEST) tests/fuzz
 
 check: setup  ## format, lint, types, tests
 	$(BIN)/ruff format --check .

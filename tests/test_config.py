@@ -200,7 +200,7 @@ def test_a_file_that_is_not_a_yaml_mapping_is_refused_by_name(tmp_path, content)
 def test_broken_yaml_names_the_line(tmp_path):
     path = tmp_path / "broken.yaml"
     path.write_text("training:\n  updates: 3\n  seed: [1\nlog: {}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"broken\.yaml, line 4"):
+    with pytest.raises(ConfigError, match=r"broken\.yaml: line 4"):
         load_config(files=[path])
 
 

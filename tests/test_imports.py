@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 LAYERS = [
     layer.split()
     for layer in """
-    errors interruption records randomness selection statistics secrets caching folding data.wikitext
+    errors interruption records randomness selection statistics secrets caching folding plain_data data.wikitext
         data.plain_text report report.log_lines report.verdict report.audit
     config model memory peers guard reward storage tables data.corpus data.text_files report.trajectories report.tables
         summary verification.reading

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,7 +30,8 @@ from attention_guided_rl.ema import EmaWeights
 from attention_guided_rl.errors import CheckpointError, NumericError, StorageError
 from attention_guided_rl.guard import first_tensor
 from attention_guided_rl.model import LanguageModel
-from attention_guided_rl.rl_agent import AgentState, RunningMoments
+from attention_guided_rl.plain_data import parse_json
+from attention_guided_rl.rl_agent import AgentState
 from attention_guided_rl.storage import io_step, remove_folder, rename, sync
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,9 @@ class RunState:
     """Rows at a time in scoring and update since memory ran out; None: it has not."""
     rollout_rows: int | None = None
     """Rows written at a time since memory ran out."""
+
+
+_STATE = TypeAdapter(RunState)
 
 
 def checkpoint_path(run: Path, update: int) -> Path:
@@ -181,17 +186,19 @@ def verify(path: Path) -> dict[str, Any]:
         CheckpointError: naming the first file that is missing, extra or changed.
     """
     try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = parse_json((path / "manifest.json").read_bytes())
         own_digest = manifest.pop("manifest_sha256")
         if own_digest != _manifest_digest(manifest):
             raise ValueError("the manifest's own digest differs")
         listed: dict[str, str] = manifest["sha256"]
         schema = manifest["schema"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        manifest.setdefault("fingerprints", {})  # the first schema had none
+        if not all(isinstance(manifest[name], dict) for name in ("sha256", "log_bytes", "fingerprints")):
+            raise ValueError("not a manifest")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: manifest.json is missing or damaged") from None
-    if schema not in (1, SCHEMA):  # the first had no fingerprints
+    if schema not in (1, SCHEMA):
         raise CheckpointError(f"{path}: written with schema {schema}, this version reads 1 to {SCHEMA}")
-    manifest.setdefault("fingerprints", {})
     present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {"manifest.json"}
     for name in sorted(present ^ set(listed)):
         raise CheckpointError(f"{path}: {name} is {'not in the manifest' if name in present else 'missing'}")
@@ -204,13 +211,21 @@ def verify(path: Path) -> dict[str, Any]:
 def load_checkpoint(
     path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer | None, ema: EmaWeights | None = None
 ) -> RunState:
-    """Put weights, their average and optimiser moments back; return the state. The checkpoint has been verified."""
+    """Put weights, their average and optimiser moments back; return the state. The checkpoint has been verified.
+
+    Raises:
+        CheckpointError: it is whole, but not of this model or not one of ours: anyone can write a manifest.
+    """
+    state = _read_state(path)
     load_weights(path, model)
-    if ema is not None:
-        ema.load(_load_finite(path / "ema.safetensors"))
-    if optimizer is not None:
-        _restore_moments(model, optimizer, _load_finite(path / "optimizer.safetensors"))
-    return _read_state(path)
+    try:
+        if ema is not None:
+            ema.load(_load_finite(path / "ema.safetensors"))
+        if optimizer is not None:
+            _restore_moments(model, optimizer, _load_finite(path / "optimizer.safetensors"))
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not fit the model: {_first_line(error)}") from None
+    return state
 
 
 def load_weights(path: Path, model: LanguageModel) -> None:
@@ -224,9 +239,8 @@ def load_weights(path: Path, model: LanguageModel) -> None:
         raise CheckpointError(f"{path}: has no {folder.name}/; model.adapter differs from the run's")
     try:
         model.load(str(folder))
-    except (RuntimeError, KeyError, ValueError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{folder}: does not fit the model: {first_line}") from None
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder}: does not fit the model: {_first_line(error)}") from None
     if bad := first_tensor(model.named_trainable().items()):
         raise CheckpointError(f"{folder}: the tensor {bad} is not finite")
 
@@ -253,17 +267,18 @@ def _storage_errors(path: Path) -> Iterator[None]:
 
 
 def _read_state(path: Path) -> RunState:
-    data = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    agent = data.pop("agent")
-    return RunState(
-        agent=AgentState(
-            scale=agent["scale"],
-            rewards=RunningMoments(**agent["rewards"]),
-            returns=tuple(RunningMoments(**m) for m in agent["returns"]),
-        ),
-        position=Position(**data.pop("position")),
-        **data,
-    )
+    try:
+        state: RunState = _STATE.validate_python(parse_json((path / "state.json").read_bytes()))
+        json.dumps(asdict(state), allow_nan=False)  # as it was written: no number that is not finite
+        if state.temperature <= 0:
+            raise ValueError("its temperature is not positive")
+        return state
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: state.json is not one of ours: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _moments(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -278,6 +293,8 @@ def _moments(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str
 def _restore_moments(model: LanguageModel, optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_trainable().items():
         state = {key.rpartition("|")[2]: value for key, value in flat.items() if key.rpartition("|")[0] == name}
+        if any(value.shape != parameter.shape for key, value in state.items() if key != "step"):
+            raise ValueError(f"the optimiser's moments of {name} have another shape")
         for key, value in state.items():  # AdamW keeps its step counter on the host
             optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 

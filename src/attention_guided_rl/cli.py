@@ -20,8 +20,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from attention_guided_rl.errors import AgrlError, ConfigError, MemoryLimitError
 from attention_guided_rl.interruption import outliving_readers, stopping_at_once
 from attention_guided_rl.secrets import redact
@@ -29,6 +27,7 @@ from attention_guided_rl.secrets import redact
 # Everything heavy (torch, transformers) is imported by the command that needs it, so that --help stays fast.
 
 DESCRIPTION = "A language model learns to direct its own reading."
+MAX_MESSAGE = 2000  # characters; a message may quote a file that somebody else wrote
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +47,7 @@ def _exit_code(arguments: list[str]) -> int:
         with stopping_at_once():
             return _dispatch(arguments)
     except AgrlError as error:
-        print(f"agrl: error: {redact(' '.join(str(error).splitlines()))}", file=sys.stderr)
+        print(f"agrl: error: {_line(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as stopped:
         print("agrl: interrupted", file=sys.stderr)
@@ -124,13 +123,14 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
 def _parse_value(dotted: str, value: str) -> Any:
     """Read a value as YAML, but a title, name or path as it is typed (`null` is no path)."""
     from attention_guided_rl.config_files import text_type
+    from attention_guided_rl.plain_data import parse_yaml
 
     kind = text_type(dotted)
     if kind is str or (kind is Path and value != "null"):
         return value
     try:
-        return yaml.safe_load(value)
-    except (yaml.YAMLError, RecursionError):
+        return parse_yaml(value)
+    except ValueError:
         return value
 
 
@@ -349,9 +349,17 @@ def _print_config_help(command: str) -> None:
 
 
 def _redact_record(record: logging.LogRecord) -> bool:
-    record.msg, record.args = redact(record.getMessage()), ()
+    record.msg, record.args = _line(record.getMessage()), ()
     return True
 
 
 def _show_warning(message: Warning | str, *rest: Any, **options: Any) -> None:
-    print(f"agrl: warning: {redact(str(message))}", file=sys.stderr)
+    print(f"agrl: warning: {_line(str(message))}", file=sys.stderr)
+
+
+def _line(message: str) -> str:
+    """Return a message as one line of bounded length without secrets, in which nothing can control the terminal."""
+    text = redact(" ".join(message.splitlines()))
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 2 :]}"  # what to do about it comes last
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)

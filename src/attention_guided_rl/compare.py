@@ -5,21 +5,34 @@ in articles. Runs that did not read the same pools for the same reward are refus
 so are groups whose runs are not seeds of one setting.
 """
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, FiniteFloat
+
 from attention_guided_rl.errors import ConfigError
+from attention_guided_rl.plain_data import parse_json
 from attention_guided_rl.run_settings import SCORING, differences, read_settings, require_seeds_of_one_setting
 from attention_guided_rl.summary import contrast, summarise, unit_means, with_holm
 
-NEEDED = (
-    *("arm", "article", "pool", "index", "seed", "update", "reward_kind", "scoring", "reward", "subjects"),
-    "probe_curve",
-)
+
+class _Line(BaseModel):
+    """What is needed of a line of evaluation.jsonl; further keys are left alone."""
+
+    arm: str
+    article: str
+    pool: str
+    index: int
+    seed: int
+    update: int
+    reward_kind: str
+    scoring: str
+    reward: FiniteFloat
+    subjects: FiniteFloat | None
+    probe_curve: list[FiniteFloat] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +72,17 @@ def read_evaluation(folder: Path) -> RunEvaluation:
         ConfigError: the run has not been evaluated, or by a version that left less.
     """
     try:
-        lines = (folder / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()
-        records = tuple(json.loads(line) for line in lines)
-        held_out = bool(json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["held_out"])
+        lines = (folder / "evaluation.jsonl").read_bytes().splitlines()
+        records = tuple(_Line.model_validate(parse_json(line)).model_dump() for line in lines)
+        held_out = bool(parse_json((folder / "evaluation.json").read_bytes())["held_out"])
     except OSError:
         raise ConfigError(f"{folder} has no evaluation; run agrl evaluate {folder} first") from None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{folder}: its evaluation cannot be read; run agrl evaluate {folder} again") from None
-    if not records or any(name not in record for record in records for name in NEEDED):
+    read: dict[str, set[tuple[int, str]]] = {}
+    for record in records:
+        read.setdefault(record["arm"], set()).add((record["index"], record["article"]))
+    if len(set(map(frozenset, read.values()))) != 1:  # every arm reads every article
         raise ConfigError(f"{folder}: its evaluation is incomplete; run agrl evaluate {folder} again")
     return RunEvaluation(folder.name, records, held_out, read_settings(folder))
 
@@ -99,6 +115,11 @@ def compare_runs(ours: Sequence[RunEvaluation], theirs: Sequence[RunEvaluation])
             stacklevel=2,
         )
     a, b = (unit_means([r for run in group for r in run.records], "reward", _unit(ours)) for group in (ours, theirs))
+    if any(a[arm].keys() != b[arm].keys() for arm in a if arm in b):
+        raise ConfigError(
+            f"{ours[0].name} and {theirs[0].name} do not have the same trajectories on their article; evaluate both "
+            "with the same evaluation.* settings"
+        )
     paired = {arm: [a[arm][unit] - b[arm][unit] for unit in a[arm]] for arm in a if arm in b}
     contrasts = with_holm({arm: contrast(values) for arm, values in paired.items() if any(values)})
     return {

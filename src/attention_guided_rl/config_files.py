@@ -5,6 +5,7 @@ refused with file, key and nearest name.
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -15,10 +16,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from attention_guided_rl.config import Config
 from attention_guided_rl.errors import ConfigError
+from attention_guided_rl.plain_data import read_yaml, shown
 
 PRESETS = Path(__file__).parent / "configs"
 if not PRESETS.is_dir():  # a checkout: the wheel carries a copy of configs/ inside the package
     PRESETS = Path(__file__).parents[2] / "configs"
+
+MAX_INTEGER = 2**64
+_CONFIG = TypeAdapter(Config)
+_NOT_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 
 
 def load_config(
@@ -42,7 +48,7 @@ def load_config(
         _check_keys(layer, Config, source)
         _merge(merged, layer, source, origin)
     try:
-        return TypeAdapter(Config).validate_python(merged)
+        return _CONFIG.validate_python(merged)
     except ValidationError as error:
         raise ConfigError("; ".join(_describe(e, origin) for e in error.errors())) from None
 
@@ -97,17 +103,11 @@ def _preset_path(name: str) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration file: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: broken YAML: {getattr(error, 'problem', None) or 'cannot parse'}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: broken YAML: nested too deeply") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -145,14 +145,28 @@ def _check_keys(data: Mapping[str, Any], cls: type, source: str, prefix: str = "
         if key not in types:
             valid = [prefix + name for name in types]
             everything = list(dotted_fields())
-            near = difflib.get_close_matches(f"{prefix}{key}", valid, n=1, cutoff=0.5)
-            near = near or difflib.get_close_matches(f"{prefix}{key}", everything, n=1, cutoff=0.0)
+            typed = f"{prefix}{key}"[:100]  # looking for what is near takes as long as the key is
+            near = difflib.get_close_matches(typed, valid, n=1, cutoff=0.5)
+            near = near or difflib.get_close_matches(typed, everything, n=1, cutoff=0.0)
             raise ConfigError(f"{source}: unknown key '{prefix}{key}'; nearest is '{near[0]}'")
+        if (fault := _fault(value)) is not None:
+            raise ConfigError(f"{source}: '{prefix}{key}' {fault}")
         nested = types[key]
         if nested is not None and value is not None:
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{source}: '{prefix}{key}' is a section, give its fields (got {value!r})")
+                raise ConfigError(f"{source}: '{prefix}{key}' is a section, give its fields (got {shown(value)})")
             _check_keys(value, nested, source, f"{prefix}{key}.")
+
+
+def _fault(value: Any) -> str | None:
+    """Return what makes a value unfit for every field: no file name, tokenizer or float has room for it."""
+    if isinstance(value, str) and _NOT_TEXT.search(value):
+        return "holds a NUL or half a surrogate pair, which is no text"
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        return f"must be between −2^64 and 2^64 (got {shown(value)})"
+    if isinstance(value, list):
+        return next((fault for fault in map(_fault, value) if fault is not None), None)
+    return None
 
 
 def _merge(
@@ -178,4 +192,4 @@ def _describe(error: Any, origin: Mapping[str, str]) -> str:
     source = origin.get(key, "configuration")
     if error["type"] == "value_error":  # our own messages name the field
         return f"{source}: {message}" if key else message
-    return f"{source}: {key}: {message} (got {error['input']!r})"
+    return f"{source}: {key}: {message} (got {shown(error['input'])})"

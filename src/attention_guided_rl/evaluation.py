@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from attention_guided_rl.pickers import PICKERS
 from attention_guided_rl.records import PairPool
 from attention_guided_rl.report.figures import plot_run
 from attention_guided_rl.report.html import write_report
+from attention_guided_rl.report.log_lines import objects
 from attention_guided_rl.report.tables import print_summary
 from attention_guided_rl.reward import probe_curve
 from attention_guided_rl.session import Session
@@ -57,7 +59,7 @@ def evaluate_run(
     summary = summarise(records, held_out=config.evaluation.corpus not in (None, config.corpus))
     write_text(folder / "evaluation.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
     write_text(folder / "evaluation.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    metrics = list(objects(folder / "metrics.jsonl", Counter()))
     plot_run(metrics, summary, folder / "figures" / "run.png")
     write_report(folder)
     print_summary(console, summary)

@@ -5,7 +5,6 @@ Weights come from safetensors only, and no code from a model repository ever run
 
 import contextlib
 import copy
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from attention_guided_rl.errors import CheckpointError, ConfigError, Credentials
 from attention_guided_rl.guard import first_tensor
 from attention_guided_rl.memory import ran_out
 from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.plain_data import parse_json
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-lm"
 
@@ -122,7 +122,7 @@ def model_source(config: ModelConfig, *, offline: bool = False) -> str:
     else:
         config_file = _hub_config(config, offline=offline)
     try:
-        contents = json.loads(config_file.read_text(encoding="utf-8"))
+        contents = parse_json(config_file.read_bytes())
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.name: {config.name!r}: config.json cannot be read: {error}") from None
     if not isinstance(contents, dict):
@@ -142,7 +142,7 @@ def max_positions(config: ModelConfig, *, offline: bool = False) -> int:
 
 def _tokenizer_wants_code(folder: Path) -> bool:
     try:
-        contents = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        contents = parse_json((folder / "tokenizer_config.json").read_bytes())
     except (OSError, ValueError):
         return False  # no such file, or one that the loading proper will complain about
     return isinstance(contents, dict) and "auto_map" in contents
@@ -151,7 +151,7 @@ def _tokenizer_wants_code(folder: Path) -> bool:
 def _file_with(folder: Path, tensor: str) -> str:
     """Return the name of the file that holds a tensor; large models are in several, listed in an index."""
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        index = parse_json((folder / "model.safetensors.index.json").read_bytes())
         return str(index["weight_map"][tensor])
     except (OSError, ValueError, KeyError, TypeError):
         return "model.safetensors"

@@ -246,6 +246,8 @@ class _GuardedTransport(httpx2.BaseTransport):
         if encoding not in ("identity", "gzip"):  # not asked for; nested ones can unpack a thousandfold each
             response.close()
             raise httpx2.RemoteProtocolError("the reply is in an encoding that was not asked for")
+        kind = response.headers.get("content-type", "").partition(";")[0]
+        response.headers["content-type"] = kind  # JSON is UTF-8; "charset=bz2" would have the text unpacked, or fail
         if isinstance(response.stream, httpx2.SyncByteStream):
             response.stream = _BoundedStream(response.stream, gzipped=encoding == "gzip")
         return response

@@ -5,18 +5,18 @@ writes them). Out: for every evaluation article the pool positions to read. What
 lines of articles that are not evaluated are ignored.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Int
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from attention_guided_rl.errors import ConfigError, CorpusError
 from attention_guided_rl.pickers import PICKERS
+from attention_guided_rl.plain_data import parse_json
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import PairPool
 from attention_guided_rl.session import Session
@@ -61,14 +61,14 @@ def read_orders(path: Path) -> list[OrderLine]:
         CorpusError: it cannot be read, or a line is no order.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{path}: cannot read the orders: {error}") from None
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 too
         try:
-            lines.append(OrderLine.model_validate(json.loads(line)))
-        except (json.JSONDecodeError, ValidationError):
+            lines.append(OrderLine.model_validate(parse_json(line)))
+        except ValueError:
             raise CorpusError(
                 f"{path}: line {number} is no order; needed: article, hash and pairs (a list of pair ids; picks, if "
                 "given, are a list of places in the pool)"

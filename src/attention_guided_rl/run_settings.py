@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from attention_guided_rl.errors import ConfigError
+from attention_guided_rl.plain_data import read_yaml
 from attention_guided_rl.storage import run_config
 
 _CHANGES_NO_TRAINING = (
@@ -44,11 +43,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     path = run_config(folder)
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: cannot be read: nested too deeply") from None
+        settings = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{path}: not a configuration")
     return flatten(settings)

@@ -29,6 +29,7 @@ from attention_guided_rl.distributed import Processes
 from attention_guided_rl.errors import CheckpointError, ConfigError, RunInUseError, StorageError, UnsafeError
 from attention_guided_rl.evaluation import evaluate_run
 from attention_guided_rl.order_files import match_orders
+from attention_guided_rl.plain_data import parse_json
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.report.tables import print_summary
 from attention_guided_rl.report.terminal import print_trajectory
@@ -264,7 +265,7 @@ def _create(folder: Path, session: Session) -> None:
 def _account(folder: Path) -> str:
     """Return what the run's spending is added up under; "", which no run has, where that cannot be read."""
     try:
-        return str(json.loads((folder / "environment.json").read_text(encoding="utf-8"))["account"])
+        return str(parse_json((folder / "environment.json").read_bytes())["account"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from attention_guided_rl.config import LogConfig
 from attention_guided_rl.errors import CheckpointError, ConfigError, StorageError
 from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.plain_data import parse_json
 from attention_guided_rl.records import Article, PairPool, Rewards, Scores, TrajectoryBatch
 from attention_guided_rl.storage import io_step, sync
 
@@ -48,13 +49,14 @@ class RunLogs:
         self._files: dict[str, TextIO] = {}
         self._tensorboard: Any = None
         try:
-            for name, length in (lengths or {}).items():
-                _cut_back(run / name, length)
+            if lengths is not None:
+                for name in (*LOGS, *({ATTRIBUTION} & set(lengths))):
+                    _cut_back(run / name, lengths.get(name))
             for name in LOGS:
                 io_step(f"open {name}")
                 self._files[name] = (run / name).open("a", encoding="utf-8")
-            with pairs.open(encoding="utf-8") as file:
-                self._written_pairs = {json.loads(line)["pair"] for line in file}
+            with pairs.open("rb") as lines:
+                self._written_pairs = {parse_json(line)["pair"] for line in lines}
             known = self._attribution.read_text(encoding="utf-8") if self._attribution.exists() else ""
             self._attributed = set(known.splitlines())
         except OSError as error:
@@ -62,7 +64,7 @@ class RunLogs:
             raise StorageError(f"{run}: cannot write the logs: {error.strerror}") from error
         except (ValueError, KeyError, TypeError):
             self.close()
-            raise CheckpointError(f"{pairs}: damaged: not a pair in every line") from None
+            raise CheckpointError(f"{pairs}: damaged; put it back from a copy, or start a new run") from None
         if config.tensorboard:
             self._tensorboard = _tensorboard_writer(run)
 
@@ -146,13 +148,13 @@ class RunLogs:
             self._tensorboard.close()
 
 
-def _cut_back(path: Path, length: int) -> None:
+def _cut_back(path: Path, length: int | None) -> None:
     """Shorten a log to what it was at a checkpoint.
 
     Raises:
-        CheckpointError: it is shorter already.
+        CheckpointError: it is shorter already, or the checkpoint does not know its length.
     """
-    if not path.is_file() or path.stat().st_size < length:
+    if not isinstance(length, int) or length < 0 or not path.is_file() or path.stat().st_size < length:
         raise CheckpointError(f"{path}: shorter than when the checkpoint was written; it was changed")
     io_step(f"cut back {path.name}")
     os.truncate(path, length)

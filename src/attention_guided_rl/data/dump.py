@@ -15,6 +15,7 @@ from urllib.parse import quote
 from attention_guided_rl.config import CorpusConfig
 from attention_guided_rl.data.dump_xml import DAMAGE, DumpPage, damaged, parse_pages
 from attention_guided_rl.data.multistream import Multistream, normal_title, unpack
+from attention_guided_rl.data.plain_text import clean
 from attention_guided_rl.data.wikitext import (
     MAX_WIKITEXT,
     clean_wikitext,
@@ -166,7 +167,7 @@ def _article(page: DumpPage, file_name: str) -> Article:
     return Article(
         id=f"page:{page.id}",
         title=page.title,
-        text=clean_wikitext(page.text, page.site.no_prose),
+        text=clean(clean_wikitext(page.text, page.site.no_prose)),  # entities may stand for what is no text
         source=f"dump:{file_name}",
         revision=page.revision,
         url=page.site.base + name if page.site.base else "",

@@ -17,10 +17,12 @@ from attention_guided_rl.data.wikitext import NO_PROSE_NAMESPACES, redirect_targ
 from attention_guided_rl.errors import CorpusError
 
 MAX_PAGE = 2**25  # bytes of XML without the end of a page: a decompression bomb, or a dump with full history
+MAX_ELEMENTS = 2**16  # begun without the end of a page; each takes about a hundred bytes, and a page has about twenty
 DAMAGE = (ET.ParseError, expat.ExpatError, EOFError, OSError, ValueError, LookupError)
 """What unpacking and parsing raise where a file is damaged, cut off or no dump."""
 
 _HEAD = 2**12  # bytes; most dumps need no more to be known for dumps
+_MAX_HEAD = 2**18  # bytes before the first element has begun; expat reads what is unfinished again with each piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,11 @@ def parse_pages(chunks: Iterable[bytes], *, is_whole: bool) -> Iterator[DumpPage
     """Yield the pages; `is_whole`: the XML must come to its end.
 
     Raises:
-        ValueError: as `_checked`, or there are more than MAX_PAGE bytes between the ends of two pages.
+        ValueError: as `_checked`, or there are more than MAX_PAGE bytes or MAX_ELEMENTS elements without a page's end.
         ParseError: it is not well-formed.
     """
     parser: ET.XMLPullParser[ET.Element] = ET.XMLPullParser(("start", "end"))
-    site, since_page = DumpSite(), 0
+    site, since_page, elements = DumpSite(), 0, 0
     root: ET.Element | None = None
     for chunk in _checked(chunks):
         since_page += len(chunk)
@@ -66,11 +68,14 @@ def parse_pages(chunks: Iterable[bytes], *, is_whole: bool) -> Iterator[DumpPage
         parser.feed(chunk)
         for event, element in cast("Iterator[tuple[str, ET.Element]]", parser.read_events()):
             root = element if root is None else root
+            elements += event == "start"
+            if elements > MAX_ELEMENTS:
+                raise ValueError(f"no page ends within {MAX_ELEMENTS} elements: not a pages-articles dump")
             name = element.tag.rpartition("}")[2] if event == "end" else ""
             if name == "siteinfo":
                 site = _read_site(element)
             elif name == "page":
-                since_page = 0
+                since_page = elements = 0
                 page = _read_page(element, site)
                 root.clear()  # else it keeps every page
                 yield page
@@ -82,7 +87,7 @@ def _checked(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Pass on the XML, once its head is seen to be harmless: a document type could define entities without end.
 
     Raises:
-        ValueError: it declares a document type, or its root element is not a dump's.
+        ValueError: it declares a document type, or its root element is not a dump's, or does not come.
     """
     roots: list[str] = []
 
@@ -92,8 +97,10 @@ def _checked(chunks: Iterable[bytes]) -> Iterator[bytes]:
     parser = expat.ParserCreate()
     parser.StartDoctypeDeclHandler = refuse
     parser.StartElementHandler = lambda name, _: roots.append(name)
+    head = 0
     for chunk in chunks:
         for i in range(0, 0 if roots else len(chunk), _HEAD):
+            head += _HEAD
             try:
                 parser.Parse(chunk[i : i + _HEAD])
             except expat.ExpatError:
@@ -101,6 +108,8 @@ def _checked(chunks: Iterable[bytes]) -> Iterator[bytes]:
                     raise
             if roots:
                 break
+            if head > _MAX_HEAD:
+                raise ValueError(f"no element begins within {_MAX_HEAD} bytes: not a dump")
         if roots and roots[0].rpartition(":")[2] != "mediawiki":
             raise ValueError(f"its root element is {roots[0][:50]!r}, not 'mediawiki'")
         yield chunk

@@ -223,6 +223,10 @@ class MediaWiki:
             response = self._client.get(self.address.site, params=parameters)
         except httpx2.TransportError as error:
             raise Transient(printable(str(error)) or type(error).__name__) from error
+        except httpx2.InvalidURL as error:
+            raise RemoteError(
+                f"{self.address.host}: its reply asks to go on in a way that no address can hold"
+            ) from error
         except httpx2.TooManyRedirects as error:
             raise RemoteError(f"{self.address.host}: redirects in a circle; correct corpus.site") from error
         wait = retry_after(response.headers)

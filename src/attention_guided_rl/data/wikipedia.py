@@ -26,7 +26,7 @@ from attention_guided_rl.data.article_cache import (
 from attention_guided_rl.data.hygiene import without_near_duplicates
 from attention_guided_rl.data.mediawiki import WIKIPEDIA_HOST, MediaWiki, WikiAddress, batches, normal_title, quoted
 from attention_guided_rl.data.mediawiki_reply import EMPTY, INVALID, MISSING, SEVERAL
-from attention_guided_rl.data.plain_text import printable
+from attention_guided_rl.data.plain_text import clean, printable
 from attention_guided_rl.data.wikitext import clean_wikitext
 from attention_guided_rl.errors import ConfigError, CorpusError, UnsafeError
 from attention_guided_rl.network import Network, web_address
@@ -272,7 +272,7 @@ class _Library:
         """Return the article, or why the page is none."""
         if page.problem:
             return page.problem
-        text = clean_wikitext(page.wikitext, frozenset(self._site.no_prose))
+        text = clean(clean_wikitext(page.wikitext, frozenset(self._site.no_prose)))
         if not text:
             return EMPTY
         return Article(

@@ -182,7 +182,15 @@ class OpenAIEncoder:
                 self.ledger.settle(entry, 0)
                 hint = "; check the connection and embedder.base_url"
             raise Transient(f"no answer ({redact(str(error.__cause__ or error))}){hint}") from error
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        except (
+            openai.OpenAIError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise _MalformedError(f"not a list of embeddings ({type(error).__name__})") from error
         vectors = _checked(reply, len(texts), self._dimensions)
         self._dimensions = vectors.shape[1]
@@ -281,7 +289,7 @@ def _checked(reply: Any, num_texts: int, dimensions: int | None) -> Float32[np.n
     try:
         items = {item.index: np.asarray(item.embedding, np.float64) for item in reply.data}
         count = len(reply.data)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise _MalformedError(f"not a list of embeddings ({type(error).__name__})") from error
     if count != num_texts or set(items) != set(range(num_texts)):
         raise _MalformedError(f"{num_texts} texts sent, {len(items)} distinct of {count} embeddings came back")

@@ -1,6 +1,5 @@
 """Sentence-transformers embedder: a local encoder by name or folder (extra `sentence-transformers`)."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from attention_guided_rl.embedders.text import CANARIES, STORE, CutTexts, TextEm
 from attention_guided_rl.errors import ConfigError, UnsafeError
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network
+from attention_guided_rl.plain_data import parse_json
 
 DEFAULT_BATCH = 64
 
@@ -114,7 +114,7 @@ def _load(config: EmbedderConfig, *, offline: bool) -> Any:
 def _refuse_code(folder: Path) -> None:
     """Refuse a folder whose modules are not the library's own: naming a class is a way to run it."""
     try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        modules = parse_json((folder / "modules.json").read_bytes())
         kinds = [str(module["type"]) for module in modules]
     except (OSError, ValueError, TypeError, KeyError):
         return  # no such file, or one that the loading proper will complain about

@@ -6,6 +6,7 @@ nothing else. Without scripts the page still has the verdict, the curves and one
 """
 
 import base64
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from attention_guided_rl.errors import CheckpointError
@@ -54,12 +55,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 def render(record: RunRecord) -> str:
     """Return the page; the same record gives the same bytes."""
     style, script = (Markup((_TEMPLATES / name).read_text(encoding="utf-8")) for name in ("report.css", "report.js"))
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.globals |= {"drawing": drawing, "number": verdict.number, "arm_label": verdict.arm_label}
-    return environment.get_template("report.html.jinja").render(
+    return _template().render(
         run=record,
         name=clean(record.name),
         style=style,
@@ -81,6 +77,17 @@ def render(record: RunRecord) -> str:
         example=_example(record),
         data=_embed([asdict(article) for article in record.articles]),
     )
+
+
+@functools.cache
+def _template() -> Template:
+    """Compile the page's template, which takes longer than to render it."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.globals |= {"drawing": drawing, "number": verdict.number, "arm_label": verdict.arm_label}
+    return environment.get_template("report.html.jinja")
 
 
 def _hash(text: str) -> str:
@@ -191,7 +198,7 @@ def _corpus(config: Any) -> str:
     names = ("kind", "variant" if config.get("kind") == "encyclopedia" else "", "name", "subset", "title", "path")
     found = [str(config[name]) for name in names if config.get(name)]
     found += [f"split {config['split']}"] if config.get("split") not in (None, "all") else []
-    found += [f"seed {config['seed']}"] if config.get("kind") == "encyclopedia" else []
+    found += [f"seed {config.get('seed')}"] if config.get("kind") == "encyclopedia" else []
     return ", ".join(found)
 
 

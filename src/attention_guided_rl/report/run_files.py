@@ -4,7 +4,6 @@ In: a run folder. Out: RunRecord, plain data. The logs are streamed; damaged lin
 loaded, and torch is not imported.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -12,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import yaml
-
 from attention_guided_rl.errors import CheckpointError
+from attention_guided_rl.plain_data import parse_json, read_yaml
 from attention_guided_rl.report.log_lines import objects
 from attention_guided_rl.report.trajectories import ArticleRows, read_articles
 from attention_guided_rl.storage import run_config
@@ -53,9 +51,9 @@ def read_run(folder: Path) -> RunRecord:
         CheckpointError: a file that is written whole cannot be read.
     """
     try:
-        config = yaml.safe_load(run_config(folder).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / 'config.yaml'}: not readable: {' '.join(str(error).split())}") from None
+        config = read_yaml(run_config(folder))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.yaml'}: not readable: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.yaml'}: not a configuration")
     record = RunRecord(
@@ -73,10 +71,10 @@ def read_run(folder: Path) -> RunRecord:
 def _whole(path: Path) -> Mapping[str, Any] | None:
     """Return the object of a JSON file; None if there is no file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not an object")
