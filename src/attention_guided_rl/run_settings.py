@@ -73,6 +73,8 @@ def require_seeds_of_one_setting(runs: Sequence[tuple[str, Mapping[str, Any]]]) 
                     "agrl compare takes A … vs B … for two settings"
                 )
         seed = others.get("training.seed")
+        if not isinstance(seed, int):
+            raise ConfigError(f"{name}: config.yaml has no training.seed that is a number")
         if seed in name_of:
             raise ConfigError(f"{name_of[seed]} and {name} both have training.seed {seed}: they are no two seeds")
         name_of[seed] = name

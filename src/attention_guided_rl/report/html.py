@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, UndefinedError
 from markupsafe import Markup
 
 from attention_guided_rl.errors import CheckpointError
@@ -48,7 +48,13 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         StorageError: the disk refuses.
     """
     path = out or folder / "report.html"
-    write_text(path, render(read_run(folder)))
+    record = read_run(folder)
+    try:
+        page = render(record)
+    except (TypeError, ValueError, LookupError, AttributeError, UndefinedError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: something in its files is not as this program writes it: {reason}") from error
+    write_text(path, page)
     return path
 
 
