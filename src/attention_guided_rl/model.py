@@ -301,14 +301,23 @@ class LanguageModel:
     def _query_vocabulary(self) -> Bool[Tensor, " V"]:
         """True at ids a query may contain: real tokens that are not control tokens."""
         allowed = torch.arange(self.config.vocab_size) < len(self.tokenizer)
-        special = [i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special and i < len(allowed)]
-        allowed[special] = False
+        allowed[[i for i in control_ids(self.tokenizer) if i < len(allowed)]] = False
         return allowed.to(self.device)
 
 
+def control_ids(tokenizer: Any) -> set[int]:
+    """Return the ids of control tokens: those that the tokenizer marks as special."""
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Encode article text; strings that look like control tokens stay ordinary text."""
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    """Encode article text; strings that look like control tokens stay ordinary text.
+
+    A tokenizer whose model holds them as words of its own (Unigram, say) cannot write them as text: they are left out.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    found = control_ids(tokenizer).intersection(ids) - {tokenizer.unk_token_id}  # an unknown word commands nothing
+    return [i for i in ids if i not in found] if found else ids
 
 
 def decode_ids(tokenizer: Any, ids: list[int]) -> str:
