@@ -73,6 +73,8 @@ def entry_point() -> None:
 def _dispatch(arguments: list[str]) -> int:
     parser = _parser()
     fields, arguments = _split_fields(arguments)
+    if empty := next((word for word in arguments if word.endswith("=--")), None):  # which argparse takes apart
+        raise ConfigError(f"command line: '--' is no value, in {empty!r}")
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:
         parser.print_help()
@@ -233,9 +235,9 @@ def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
             print(_line(f"agrl: saved: {saved[-1]}; to go on: {resume_command}"), file=sys.stderr)
         raise
     if result.trained.interrupted_by is not None:
-        print(f"agrl: interrupted after update {result.trained.state.update}; saved; to go on: {resume_command}")
+        print(_line(f"agrl: interrupted after update {result.trained.state.update}; saved; to go on: {resume_command}"))
         return 128 + result.trained.interrupted_by
-    print(f"run folder: {result.folder}")
+    print(_line(f"run folder: {result.folder}"))
     return 0
 
 
@@ -266,7 +268,7 @@ def _report(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
     if overrides:
         raise ConfigError(f"command line: --{next(iter(overrides))} cannot be set for a report of what has been run")
-    print(write_report(options.run, options.out))
+    print(_line(str(write_report(options.run, options.out))))
     return 0
 
 

@@ -131,6 +131,7 @@ def model_source(config: ModelConfig, *, offline: bool = False) -> str:
         raise ConfigError(f"model.name: {config.name!r}: config.json cannot be read: {error}") from None
     if not isinstance(contents, dict):
         raise ConfigError(f"model.name: {config.name!r}: config.json does not describe a model")
+    _refuse_other_weights(folder)
     if "auto_map" in contents or _wants_kernel(contents) or _tokenizer_wants_code(folder):
         raise UnsafeError(f"model.name: {config.name!r} wants to run code from its repository; refused")
     return config.name
@@ -142,6 +143,17 @@ def max_positions(config: ModelConfig, *, offline: bool = False) -> int:
     with _load_errors(config):
         loaded = AutoConfig.from_pretrained(source, **options)
         return int(loaded.get_text_config().max_position_embeddings)
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    """Refuse an index of weights that names what the library would read as a pickle, though asked for safetensors."""
+    for path in folder.glob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # of which the loading proper will complain
+        if other := sorted(str(shard) for shard in shards if not str(shard).endswith(".safetensors")):
+            raise UnsafeError(f"model.name: {path} names {other[0]!r}, which is no safetensors file; refused")
 
 
 def _wants_kernel(contents: dict[str, Any]) -> bool:

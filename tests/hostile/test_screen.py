@@ -3,6 +3,7 @@
 import html.parser
 import itertools
 import json
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -208,8 +209,17 @@ def corpus(tmp_path) -> Path:
     return path
 
 
+def rename_arms(run: Path, twin: Path) -> None:
+    """Give an arm of a run a name with escapes, and copy the run to one with other rewards."""
+    lines = [json.loads(line) for line in (run / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
+    shutil.copytree(run, twin)
+    for folder, more in ((run, 0.0), (twin, 0.5)):
+        changed = [{**x, "arm": x["arm"].replace("random", ESCAPES[0]), "reward": x["reward"] + more} for x in lines]
+        (folder / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+
+
 def test_nothing_that_is_printed_holds_a_control_character_of_a_text(
-    corpus, make_config, byte_tokenizer, causal_lm, tmp_path, capfd, caplog
+    corpus, make_config, finished, byte_tokenizer, causal_lm, tmp_path, capfd, caplog
 ):
     model = tmp_path / "model[bold]\x1b[31m"
     causal_lm("llama", 272).save_pretrained(model)
@@ -223,13 +233,15 @@ def test_nothing_that_is_printed_holds_a_control_character_of_a_text(
     config = tmp_path / "config.yaml"
     config.write_text(config_to_yaml(make_config(options)), encoding="utf-8")
     runs_folder, missing = tmp_path / "runs\x1b[2J", str(tmp_path / "no\x1b[2J[/]")
-    run = runs_folder / "a"
+    run, twin = runs_folder / "a", runs_folder / "twin\x1b[2J[/]"
     commands = {
         ("train", "--config", str(config), "--run", "a", "--runs-folder", str(runs_folder)): 0,
         ("rollout", str(run)): 0,
         ("corpus", "--config", str(config), "--sample", "7"): 0,
         ("corpus", "--config", str(config), "--json"): 0,
-        ("compare", str(run), str(run)): 0,
+        ("compare", str(run), str(twin)): 0,
+        ("compare", str(run), str(finished)): 2,
+        ("report", str(run)): 0,
         ("corpus", "--config", str(config), "--corpus.title", "title\x1b[2J"): 3,
         ("corpus", "--corpus.kind", "files", "--corpus.path", missing): 3,
         ("rollout", "--config", str(config), "--model.name", missing): 2,
@@ -240,6 +252,8 @@ def test_nothing_that_is_printed_holds_a_control_character_of_a_text(
         (f"\x1b[2J{missing}",): 2,
     }  # fmt: skip
     for command, expected in commands.items():
+        if str(twin) in command:
+            rename_arms(run, twin)
         assert main(list(command)) == expected, capfd.readouterr().err
         out, err = capfd.readouterr()
         assert control(out) == [], command
@@ -256,4 +270,4 @@ def test_a_bug_of_ours_is_shown_without_control_characters(monkeypatch, capsys):
     assert main(["train", "--resume"]) == 70
     said = capsys.readouterr().err
     assert control(said) == []
-    assert "RuntimeError: <ESCAPE>[2J of a text\nand more<" in said
+    assert "RuntimeError: \ufffd[2J of a text\nand more\ufffd" in said
