@@ -6,6 +6,7 @@ logits. Inside `with model.reference():` everything is computed by the reference
 """
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -305,9 +306,10 @@ class LanguageModel:
         return allowed.to(self.device)
 
 
-def control_ids(tokenizer: Any) -> set[int]:
+@functools.lru_cache(maxsize=8)  # asked for every text, and a tokenizer makes a new table each time
+def control_ids(tokenizer: Any) -> frozenset[int]:
     """Return the ids of control tokens: those that the tokenizer marks as special."""
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -316,8 +318,10 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     A tokenizer whose model holds them as words of its own (Unigram, say) cannot write them as text: they are left out.
     """
     ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-    found = control_ids(tokenizer).intersection(ids) - {tokenizer.unk_token_id}  # an unknown word commands nothing
-    return [i for i in ids if i not in found] if found else ids
+    control = control_ids(tokenizer)
+    if control.isdisjoint(ids):
+        return ids
+    return [i for i in ids if i not in control or i == tokenizer.unk_token_id]  # an unknown word commands nothing
 
 
 def decode_ids(tokenizer: Any, ids: list[int]) -> str:

@@ -16,10 +16,12 @@ import yaml
 
 from attention_guided_rl import confined
 from attention_guided_rl.cli import main
-from attention_guided_rl.config import TemplateConfig
+from attention_guided_rl.config import CorpusConfig, NetworkConfig, TemplateConfig
 from attention_guided_rl.config_files import config_to_yaml
-from attention_guided_rl.errors import ConfigError
+from attention_guided_rl.data import open_corpus
+from attention_guided_rl.errors import AgrlError, ConfigError
 from attention_guided_rl.loading import BUNDLED_MODEL
+from attention_guided_rl.network import Network
 from attention_guided_rl.template import build_template
 
 SOURCE = Path(confined.__file__).parent
@@ -208,7 +210,7 @@ def test_no_checkpoint_runs_code_even_if_its_manifest_agrees(run, sign, mark, pa
     shutil.rmtree(run / "checkpoints" / "update-000000", ignore_errors=True)
     spoil(run / "checkpoints" / "update-000001", mark, payload)
     sign(run / "checkpoints" / "update-000001")
-    resume = ["train", "--run", "run", "--resume", "--runs-folder", str(run.parent), "--training.updates", "1"]
+    resume = ["train", "--run", "run", "--resume", "--runs-folder", str(run.parent), "--evaluation.articles", "0"]
     for command in (["rollout", str(run)], resume):
         code, said = main(command), capsys.readouterr().err
         assert code == 7 or spoil in (_pickle_beside_the_moments, _pickled_moments), said
@@ -318,31 +320,37 @@ def test_what_is_confined_answers_or_says_why_not():
 # -- corpora and orders ------------------------------------------------------------------------------------------------
 
 
-def test_no_file_of_a_corpus_or_of_orders_runs_code(run, tmp_path, mark, payload, capsys):
-    script = tmp_path / "scripted"
-    script.mkdir()
+def test_no_file_of_a_corpus_runs_code(tmp_path, mark, payload):
+    script, card, arrays = (tmp_path / name for name in ("scripted", "carded", "arrays"))
+    for folder in (script, card, arrays):
+        folder.mkdir()
     (script / "scripted.py").write_text(source(mark))
-    card = tmp_path / "carded"
-    card.mkdir()
     (card / "README.md").write_text(f"---\nlicense: {tag(mark)}\n---\n")
     (card / "data.jsonl").write_text('{"text": "a b c"}\n')
-    arrays = tmp_path / "arrays"
-    arrays.mkdir()
     numpy_file(arrays, mark)
     pickled = tmp_path / "articles.jsonl"
     pickled.write_bytes(payload)
+    corpora = {
+        CorpusConfig(kind="files", path=arrays): 3,
+        CorpusConfig(kind="files", path=pickled): 3,
+        CorpusConfig(kind="dump", path=pickled): 3,
+        CorpusConfig(kind="hub", name=str(script)): 13,
+        CorpusConfig(kind="hub", name=str(card)): 3,
+    }
+    network = Network(NetworkConfig(cache=tmp_path / "cache", offline=True))
+    for config, code in corpora.items():
+        with pytest.raises(AgrlError) as found:
+            list(open_corpus(config, network).articles(0, 0))
+        assert found.value.exit_code == code
+        assert not mark.exists()
+
+
+def test_no_file_of_orders_runs_code(run, tmp_path, mark, payload, capsys):
     orders = tmp_path / "orders.pkl"
     orders.write_bytes(payload)
-    files = ["corpus", "--corpus.kind", "files", "--corpus.path"]
-    hub = ["corpus", "--offline", "--corpus.kind", "hub", "--network.cache", str(tmp_path / "cache"), "--corpus.name"]
-    commands = [
-        [*files, str(arrays)], [*files, str(pickled)], [*hub, str(script)], [*hub, str(card)],
-        ["evaluate", str(run), "--arms", f"file:{orders}"],
-    ]  # fmt: skip
-    for command in commands:
-        assert main(command) in (3, 13), command
-        assert "Traceback" not in capsys.readouterr().err
-        assert not mark.exists()
+    assert main(["evaluate", str(run), "--arms", f"file:{orders}"]) == 3
+    assert "Traceback" not in capsys.readouterr().err
+    assert not mark.exists()
 
 
 # -- the source --------------------------------------------------------------------------------------------------------
