@@ -276,7 +276,8 @@ MUTATIONS = (
     ),
     mistake(
         "optimizer moments lost in a resume", "law_10 and interrupted",
-        ("checkpoint.py", "        if optimizer is not None:\n            _restore", "        if False:\n            _restore"),
+        ("checkpoint.py", "        if optimizer is not None:\n            _restore",
+         "        if False:\n            _restore"),
     ),
     mistake(
         "dropout not reseeded", "law_10 and interrupted",

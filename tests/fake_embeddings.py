@@ -6,7 +6,7 @@
         server.requests, server.billed_tokens, server.billed_usd  # what was asked, and what it would cost
 
 `ModelServer(encode)` answers with the vectors of a model. A request is billed once it is answered in full, whether or
-not the client sees the answer. Every error repeats the whole key.
+not the client sees the answer. Every error repeats the whole key, and what a proxy was shown.
 """
 
 import base64
@@ -325,7 +325,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(answer.body)
 
     def _error(self, status: int, message: str, kind: str, code: str | None, wait: str | None = None) -> _Answer:
-        error = {"message": f"{message} Your key is {self._given_key()}.", "type": kind, "param": None, "code": code}
+        shown = f"{self.headers.get('Authorization')}, proxy {self.headers.get('Proxy-Authorization')}"
+        error = {"message": f"{message} Your key is {self._given_key()} ({shown}).", "type": kind, "param": None}
+        error["code"] = code
         headers = {"Content-Type": "application/json", **({} if wait is None else {"Retry-After": wait})}
         return _Answer(status, headers, json.dumps({"error": error}).encode())
 

@@ -263,7 +263,7 @@ def test_an_existing_run_folder_is_not_touched(agrl):
     assert [p.name for p in (agrl.runs / "a").iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("name", ["..", "../b", "a/../../b", "/b", "a/b", "", ".hidden", "a..b", "x" * 200, "a\n"])
+@pytest.mark.parametrize("name", ["..", "../b", "a/../../b", "/b", "a/b", "", ".hidden", "a..b", "a\n"])
 def test_a_run_name_that_could_leave_the_runs_folder_is_refused(agrl, name):
     code, _, err = agrl.train(name=name)
     assert code == 13

@@ -16,15 +16,16 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 LAYERS = [
     layer.split()
     for layer in """
-    errors interruption records randomness selection statistics secrets caching folding plain_data data.wikitext
-        data.plain_text report report.log_lines report.verdict report.audit
+    errors interruption records randomness selection statistics secrets caching folding plain_data
+        confined screen data.wikitext data.plain_text report report.log_lines report.verdict report.audit
     config model memory peers guard reward storage tables data.corpus data.text_files report.trajectories report.tables
         summary verification.reading
     config_files distributed rl_agent environment template loading tracking network data.hygiene data.encyclopedia
-        data.article_cache report.drawing report.run_files report.figures run_settings fingerprints
+        data.article_cache report.drawing report.run_files report.figures fingerprints
         verification.checkpoint
-    branching ema data.hub_dataset data.multistream data.mediawiki_reply report.html compare verification.settings
-    objective data.mediawiki data.dump_xml verification.logs
+    branching ema data.hub_dataset data.multistream data.mediawiki_reply report.html run_settings
+        verification.settings
+    compare objective data.mediawiki data.dump_xml verification.logs
     data.files data.dump data.hub data.wikipedia data.pairs embedders.cache verification.trajectories
     data scorer rollouts survey_counts embedders.text embedders.attention embedders.hashing
         verification.evaluation
@@ -53,7 +54,7 @@ ONLY_IN = {
     "accelerate": {"distributed"},
     "torch.distributed": {"distributed"},
     "matplotlib": {"report.figures"},
-    "jinja2": {"report.html", "template"},
+    "jinja2": {"report.html"},
     "tyro": {"cli"},
     "httpx2": {"network", "embedders.openai", "data.mediawiki", "data.hub_dataset"},
     "openai": {"embedders.openai"},

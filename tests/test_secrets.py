@@ -12,6 +12,9 @@ from attention_guided_rl.config_files import config_to_yaml
 from attention_guided_rl.secrets import redact
 
 KEY, TOKEN, PASSWORD = "sk-canary-4f1d09", "hf_canary7c2be8", "proxy-canary-90ab3d"
+VARIABLE, DATABASE, IN_ADDRESS = "canary-of-a-variable-55e1", "canary-of-a-database-8d1c", "canary-in-an-address-3c9a"
+SENT = base64.b64encode(f"reader:{PASSWORD}".encode()).decode()  # in a header, which a service may repeat
+SECRETS = (KEY, TOKEN, PASSWORD, SENT, VARIABLE, DATABASE, IN_ADDRESS)
 QUICK = tuple(sorted(set(TRANSIENT) - {"black_hole", "slow_drip", "rate_limit_seconds", "rate_limit_date"}))
 
 
@@ -32,6 +35,8 @@ def outside(proxy):
         patch.setenv("http_proxy", f"http://reader:{PASSWORD}@{address}")
         patch.setenv("OPENAI_API_KEY", KEY)
         patch.setenv("HF_TOKEN", TOKEN)
+        patch.setenv("A_PRIVATE_VARIABLE", VARIABLE)
+        patch.setenv("DATABASE_URL", f"postgres://me:{DATABASE}@localhost/x")
         yield
 
 
@@ -70,6 +75,13 @@ COMMANDS = {  # arguments, what is wrong with the service, exit code
     "train, forbidden": (("train", "CONFIG", "--run", "d"), ("forbidden",), 4),
     "train, quota used up": (("train", "CONFIG", "--run", "d"), ("insufficient_quota",), 6),
     "train, nonsense": (("train", "CONFIG", "--run", "d"), ("html",), 5),
+    "train, key in an address": (("train", "CONFIG", "--run", "d", "ADDRESS"), (), 2),
+    "config, key in an address": (("config", "CONFIG", "ADDRESS"), (), 2),
+    "corpus, key in an address": (
+        ("corpus", "CONFIG", "--corpus.site", f"https://me:{IN_ADDRESS}@wiki.example"),
+        (),
+        2,
+    ),
     "train --dry-run": (("train", "CONFIG", "--dry-run"), (), 0),
     "train, through the proxy": (("train", "CONFIG", "--run", "e", *OUTSIDE), (), 4),  # which the key must not pass
     "corpus": (("corpus", "CONFIG"), (), 0),
@@ -92,6 +104,7 @@ def test_no_secret_is_shown_or_written(run, config, proxy, tmp_path, monkeypatch
         "CONFIG": ("--config", str(config)),
         "RUN": (str(run),),
         "WIKI": wiki,
+        "ADDRESS": ("--embedder.base-url", f"https://me:{IN_ADDRESS}@service.example/v1?key={IN_ADDRESS}"),
         "NEW": ("--network.cache", str(tmp_path / "cache"), "--network.deadline-s", "5"),
     }
     proxy.key = "another" if faults == ("key",) else KEY
@@ -106,7 +119,7 @@ def test_no_secret_is_shown_or_written(run, config, proxy, tmp_path, monkeypatch
     written = [path for folder in (tmp_path, config.parent) for path in folder.rglob("*") if path.is_file()]
     shown = {str(path): path.read_bytes() for path in written}
     shown |= {"output": out.encode(), "errors": err.encode(), "log": caplog.text.encode()}
-    for secret in (KEY, TOKEN, PASSWORD):
+    for secret in SECRETS:
         assert [where for where, text in shown.items() if secret.encode() in text] == []
 
 
@@ -114,5 +127,6 @@ def test_the_secrets_were_there(run, proxy):
     """So that the test above has something to find."""
     headers = {name.lower(): value for request in proxy.requests for name, value in request.headers.items()}
     assert headers["authorization"] == f"Bearer {KEY}"
-    assert headers["proxy-authorization"] == f"Basic {base64.b64encode(f'reader:{PASSWORD}'.encode()).decode()}"
+    assert headers["proxy-authorization"] == f"Basic {SENT}"
     assert redact(f"{KEY} {TOKEN} http://reader:{PASSWORD}@a") == "[OPENAI_API_KEY] [HF_TOKEN] http://[password]@a"
+    assert redact(f"Basic {SENT}, {PASSWORD}, {DATABASE}") == "Basic [http_proxy], [http_proxy], [DATABASE_URL]"

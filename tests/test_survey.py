@@ -8,6 +8,7 @@ import time
 import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -281,6 +282,8 @@ def of_long_articles(tokenizer, num_places: int, **options):
 
 class FewTokens:
     """A tokenizer with the first 50 characters' worth of tokens, so that tokenising costs nothing."""
+
+    added_tokens_decoder: ClassVar = {}
 
     def __call__(self, text, **options):
         return {"input_ids": [ord(c) for c in text[:50]]}

@@ -59,7 +59,8 @@ def _exit_code(arguments: list[str]) -> int:
                 "agrl: error: out of memory; lower evaluation.batch_articles, or take a smaller model", file=sys.stderr
             )
             return MemoryLimitError.exit_code
-        print(redact(traceback.format_exc()), file=sys.stderr)
+        for line in traceback.format_exc().splitlines():
+            print(_line(line), file=sys.stderr)
         print("agrl: error: a bug of ours; please report the lines above", file=sys.stderr)
         return AgrlError.exit_code
 
@@ -72,6 +73,8 @@ def entry_point() -> None:
 def _dispatch(arguments: list[str]) -> int:
     parser = _parser()
     fields, arguments = _split_fields(arguments)
+    if empty := next((word for word in arguments if word.endswith("=--")), None):  # which argparse takes apart
+        raise ConfigError(f"command line: '--' is no value, in {empty!r}")
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:
         parser.print_help()
@@ -203,16 +206,15 @@ def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from attention_guided_rl.config_files import load_config
     from attention_guided_rl.dry_run import dry_run
     from attention_guided_rl.errors import RunInUseError
-    from attention_guided_rl.storage import run_config
-    from attention_guided_rl.tracking import make_console
+    from attention_guided_rl.run_settings import load_run_config
+    from attention_guided_rl.screen import make_console
 
     if options.resume:
         if options.run is not None:
             folder = runs.run_folder(options.run, None, options.runs_folder)
         else:
             folder = runs.newest_run(options.runs_folder)
-        files = [run_config(folder), *options.config]
-        config = load_config(files=files, overrides=overrides)
+        config = load_run_config(folder, options.config, overrides)
     else:
         preset = options.preset or (None if options.config else "demo")
         folder = runs.run_folder(options.run, preset, options.runs_folder)
@@ -230,12 +232,12 @@ def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     except (AgrlError, KeyboardInterrupt) as error:
         saved = sorted((folder / "checkpoints").glob("update-*"))
         if saved and not isinstance(error, ConfigError | RunInUseError):
-            print(f"agrl: saved: {saved[-1]}; to go on: {resume_command}", file=sys.stderr)
+            print(_line(f"agrl: saved: {saved[-1]}; to go on: {resume_command}"), file=sys.stderr)
         raise
     if result.trained.interrupted_by is not None:
-        print(f"agrl: interrupted after update {result.trained.state.update}; saved; to go on: {resume_command}")
+        print(_line(f"agrl: interrupted after update {result.trained.state.update}; saved; to go on: {resume_command}"))
         return 128 + result.trained.interrupted_by
-    print(f"run folder: {result.folder}")
+    print(_line(f"run folder: {result.folder}"))
     return 0
 
 
@@ -249,16 +251,15 @@ def _evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _compare(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from rich.console import Console
-
     from attention_guided_rl.compare import compare_runs, read_evaluation, split_groups
     from attention_guided_rl.report.tables import print_comparison
+    from attention_guided_rl.screen import make_console
 
     if overrides:
         raise ConfigError(f"command line: compare reads finished evaluations; --{next(iter(overrides))} has no effect")
     ours, theirs = split_groups(options.runs)
     comparison = compare_runs([read_evaluation(run) for run in ours], [read_evaluation(run) for run in theirs])
-    print_comparison(Console(soft_wrap=True), comparison)
+    print_comparison(make_console(), comparison)
     return 0
 
 
@@ -267,7 +268,7 @@ def _report(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
     if overrides:
         raise ConfigError(f"command line: --{next(iter(overrides))} cannot be set for a report of what has been run")
-    print(write_report(options.run, options.out))
+    print(_line(str(write_report(options.run, options.out))))
     return 0
 
 

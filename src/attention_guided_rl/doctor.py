@@ -15,9 +15,9 @@ from attention_guided_rl.errors import ConfigError
 from attention_guided_rl.memory import total_bytes
 from attention_guided_rl.records import PADDING, has_padding
 from attention_guided_rl.report.audit import CheckResult, print_audit
+from attention_guided_rl.screen import make_console
 from attention_guided_rl.selection import entropy
 from attention_guided_rl.session import Session
-from attention_guided_rl.tracking import make_console
 from attention_guided_rl.trial import Trial, try_out
 
 KL_FLOOR = 1e-6  # nats per query token, once the policy has moved

@@ -26,10 +26,10 @@ from attention_guided_rl.pickers import simple_pickers
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import PairPool
 from attention_guided_rl.report.verdict import verdict as verdict_of
+from attention_guided_rl.screen import make_console
 from attention_guided_rl.session import Session
 from attention_guided_rl.summary import contrast, unit_contrast, with_holm
 from attention_guided_rl.texts import with_key_text
-from attention_guided_rl.tracking import make_console
 
 PICKERS = ("untrained", "random", "article_order", "easy_to_hard", "nearest_key", "planted", "planted_shuffled")
 NO_ORDERS = ("oracle", "beam", "permuted/oracle", "permuted/beam", "planted_shuffled/key")

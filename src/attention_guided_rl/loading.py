@@ -92,7 +92,11 @@ def _source(config: ModelConfig, *, offline: bool) -> tuple[str, dict[str, Any]]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     source = model_source(config, offline=offline)
-    hub = {} if Path(source).is_dir() else {"revision": config.revision, "local_files_only": offline}
+    hub = (
+        {"local_files_only": True}
+        if Path(source).is_dir()
+        else {"revision": config.revision, "local_files_only": offline}
+    )
     return source, {"trust_remote_code": False, **hub}
 
 
@@ -127,7 +131,8 @@ def model_source(config: ModelConfig, *, offline: bool = False) -> str:
         raise ConfigError(f"model.name: {config.name!r}: config.json cannot be read: {error}") from None
     if not isinstance(contents, dict):
         raise ConfigError(f"model.name: {config.name!r}: config.json does not describe a model")
-    if "auto_map" in contents or _tokenizer_wants_code(folder):
+    _refuse_other_weights(folder)
+    if "auto_map" in contents or _wants_kernel(contents) or _tokenizer_wants_code(folder):
         raise UnsafeError(f"model.name: {config.name!r} wants to run code from its repository; refused")
     return config.name
 
@@ -138,6 +143,22 @@ def max_positions(config: ModelConfig, *, offline: bool = False) -> int:
     with _load_errors(config):
         loaded = AutoConfig.from_pretrained(source, **options)
         return int(loaded.get_text_config().max_position_embeddings)
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    """Refuse an index of weights that names what the library would read as a pickle, though asked for safetensors."""
+    for path in folder.glob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # of which the loading proper will complain
+        if other := sorted(str(shard) for shard in shards if not str(shard).endswith(".safetensors")):
+            raise UnsafeError(f"model.name: {path} names {other[0]!r}, which is no safetensors file; refused")
+
+
+def _wants_kernel(contents: dict[str, Any]) -> bool:
+    """Return whether attention is to be computed by code of another repository."""
+    return any("/" in str(value) for key, value in contents.items() if key.endswith("attn_implementation"))
 
 
 def _tokenizer_wants_code(folder: Path) -> bool:

@@ -6,6 +6,7 @@ logits. Inside `with model.reference():` everything is computed by the reference
 """
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -301,14 +302,26 @@ class LanguageModel:
     def _query_vocabulary(self) -> Bool[Tensor, " V"]:
         """True at ids a query may contain: real tokens that are not control tokens."""
         allowed = torch.arange(self.config.vocab_size) < len(self.tokenizer)
-        special = [i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special and i < len(allowed)]
-        allowed[special] = False
+        allowed[[i for i in control_ids(self.tokenizer) if i < len(allowed)]] = False
         return allowed.to(self.device)
 
 
+@functools.lru_cache(maxsize=8)  # asked for every text, and a tokenizer makes a new table each time
+def control_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of control tokens: those that the tokenizer marks as special."""
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Encode article text; strings that look like control tokens stay ordinary text."""
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    """Encode article text; strings that look like control tokens stay ordinary text.
+
+    A tokenizer whose model holds them as words of its own (Unigram, say) cannot write them as text: they are left out.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    control = control_ids(tokenizer)
+    if control.isdisjoint(ids):
+        return ids
+    return [i for i in ids if i not in control or i == tokenizer.unk_token_id]  # an unknown word commands nothing
 
 
 def decode_ids(tokenizer: Any, ids: list[int]) -> str:

@@ -3,11 +3,15 @@
 In: configurations as plain values, config.yaml of run folders. Out: values by dotted key, and refusals. Loads no model.
 """
 
+import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attention_guided_rl.errors import ConfigError
+from attention_guided_rl.config import Config
+from attention_guided_rl.config_files import config_to_dict, load_config
+from attention_guided_rl.errors import ConfigError, UnsafeError
 from attention_guided_rl.plain_data import read_yaml
 from attention_guided_rl.storage import run_config
 
@@ -22,6 +26,9 @@ SCORING = (
     *("reward.query_in_context", "evaluation.num_probes"),
 )
 """What a number of the evaluation means, beside the reward's kind."""
+TAKE_CODE = ("kind", "reward")  # last names of the settings that may be `package.module:name`
+
+logger = logging.getLogger(__name__)
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -49,6 +56,25 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{path}: not a configuration")
     return flatten(settings)
+
+
+def load_run_config(folder: Path, files: Sequence[Path] = (), overrides: Mapping[str, Any] | None = None) -> Config:
+    """Return the configuration of a run, changed by files and overrides; say what code it asks for.
+
+    Raises:
+        ConfigError: it cannot be used.
+        UnsafeError: that code lies in the run folder itself, which may be from anywhere.
+    """
+    config = load_config(files=[run_config(folder), *files], overrides=overrides)
+    for key, name in flatten(config_to_dict(config)).items():
+        if key.rpartition(".")[2] not in TAKE_CODE or ":" not in str(name):
+            continue
+        found = importlib.util.find_spec(name.partition(":")[0].partition(".")[0] or " ")
+        places = [] if found is None else [found.origin or "", *(found.submodule_search_locations or ())]
+        if any(Path(place).resolve().is_relative_to(folder.resolve()) for place in places if place):
+            raise UnsafeError(f"{key}: {name!r} would be imported from the run folder {folder}; refused")
+        logger.warning("%s asks for code of yours: %s %s, from %s", folder, key, name, next(iter(places), "nowhere"))
+    return config
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -23,7 +23,7 @@ from rich.console import Console
 from attention_guided_rl.checkpoint import check_fingerprints, latest_checkpoint, load_checkpoint, updates_of
 from attention_guided_rl.compare import read_evaluation, summarise_seeds
 from attention_guided_rl.config import Config
-from attention_guided_rl.config_files import config_to_dict, config_to_yaml, load_config
+from attention_guided_rl.config_files import config_to_dict, config_to_yaml
 from attention_guided_rl.diagnostics import STEERABILITY_WARNING
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.errors import CheckpointError, ConfigError, RunInUseError, StorageError, UnsafeError
@@ -37,14 +37,18 @@ from attention_guided_rl.run_settings import (
     MAY_CHANGE_ON_RESUME,
     differences,
     flatten,
+    load_run_config,
     read_settings,
     require_seeds_of_one_setting,
 )
+from attention_guided_rl.screen import make_console, visible
 from attention_guided_rl.session import PREPARED_ARTICLES, Session
 from attention_guided_rl.storage import io_step, remove_folder, remove_leftovers, run_config, sync, write_text
-from attention_guided_rl.tracking import environment_record, make_console, visible
+from attention_guided_rl.tracking import environment_record
 from attention_guided_rl.trainer import Trained
 from attention_guided_rl.trainer import train as train_session
+
+MAX_NAME = 100  # characters of a run's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,7 @@ def rollout(session: Session, *, num_articles: int = 1, out: Path | None = None)
 
 def open_run(folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[Session, int]:
     """Load a run's newest checkpoint; return the session and the number of updates it has had."""
-    config = load_config(files=[run_config(folder)], overrides=overrides)
+    config = load_run_config(folder, overrides=overrides)
     checkpoint = latest_checkpoint(folder)
     session = Session(config, Processes(config.training.device), account=_account(folder), goes_on=True)
     check_fingerprints(checkpoint, session.fingerprints)
@@ -184,12 +188,14 @@ def run_folder(name: str | None, preset: str | None, root: Path) -> Path:
 
     Raises:
         UnsafeError: the name would leave `root`.
-        StorageError: the disk takes no such path.
+        StorageError: it is too long.
     """
     if name is None:
         name = f"{preset or 'run'}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or ".." in name:
-        raise UnsafeError(f"--run {name!r}: a run name is letters, digits, '.', '_' and '-', without '..'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or ".." in name:
+        raise UnsafeError(f"--run {name[:100]!r}: a run name is letters, digits, '.', '_' and '-', without '..'")
+    if len(name) > MAX_NAME:
+        raise StorageError(f"--run: the name has {len(name)} characters; at most {MAX_NAME} make a folder everywhere")
     folder = root / name
     try:
         folder.exists()

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from attention_guided_rl.errors import ConfigError, StorageError
+from attention_guided_rl.errors import ConfigError, StorageError, UnsafeError
 
 listener: Callable[[str], None] | None = None
 """Told the name of each step before it is made."""
@@ -110,8 +110,15 @@ def run_config(folder: Path) -> Path:
 
     Raises:
         ConfigError: this is no run folder.
+        UnsafeError: a link in it leads elsewhere, so that what is written to the run would end there.
     """
     path = folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder (it has no config.yaml)")
+    inside = folder.resolve()
+    for place, folders, files in os.walk(inside):
+        for name in (*folders, *files):
+            entry = Path(place, name)
+            if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(inside):
+                raise UnsafeError(f"{entry}: a link that leads out of the run folder; refused (move the folder whole)")
     return path

@@ -2,10 +2,11 @@
 
 import difflib
 import importlib
+import sys
 from collections.abc import Mapping
 from typing import TypeVar
 
-from attention_guided_rl.errors import ConfigError
+from attention_guided_rl.errors import ConfigError, UnsafeError
 
 Entry = TypeVar("Entry")
 
@@ -15,10 +16,13 @@ def resolve(table: Mapping[str, Entry], name: str, key: str) -> Entry:
 
     Raises:
         ConfigError: neither; the message names the key and the nearest entry.
+        UnsafeError: it is of the standard library, where nothing is made for this, and `os:system` is dangerous.
     """
     if name in table:
         return table[name]
     module, _, attribute = name.partition(":")
+    if attribute and module.partition(".")[0] in sys.stdlib_module_names:
+        raise UnsafeError(f"{key}: {name!r} is of Python's standard library; refused")
     if attribute:
         try:
             return getattr(importlib.import_module(module), attribute)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from jinja2 import TemplateError
 from torch import Tensor
 
 from attention_guided_rl.config import TemplateConfig
+from attention_guided_rl.confined import confined
 from attention_guided_rl.errors import ConfigError
 from attention_guided_rl.records import PADDING, PROMPT, QUERY, TEMPLATE, VALUE, RowLayout, TrajectoryBatch
 
@@ -91,9 +91,11 @@ def _chat_template(tokenizer: Any, config: TemplateConfig) -> Template:
     for _ in range(3):
         turns.append({"role": "assistant", "content": _QUERY_MARK})
         turns.append({"role": "user", "content": _VALUE_MARK})
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, date_string=config.date_string))
-    except TemplateError as error:
+    try:  # the template comes with the model, from whoever made that
+        text = confined(
+            lambda: str(tokenizer.apply_chat_template(turns, tokenize=False, date_string=config.date_string))
+        )
+    except ValueError as error:
         raise ConfigError(f"template.kind: the chat template fails ({error}); set template.kind: plain") from None
     pieces = [part for chunk in text.split(_QUERY_MARK) for part in chunk.split(_VALUE_MARK)]
     if len(pieces) != 7:

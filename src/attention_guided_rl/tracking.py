@@ -10,9 +10,7 @@ import json
 import math
 import os
 import platform
-import sys
 import time
-import unicodedata
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +26,7 @@ from attention_guided_rl.errors import CheckpointError, ConfigError, StorageErro
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.plain_data import parse_json
 from attention_guided_rl.records import Article, PairPool, Rewards, Scores, TrajectoryBatch
+from attention_guided_rl.screen import visible
 from attention_guided_rl.storage import io_step, sync
 
 LOGS = ("metrics.jsonl", "trajectories.jsonl", "pairs.jsonl")
@@ -103,7 +102,7 @@ class RunLogs:
     def attribute(self, articles: Sequence[Article]) -> None:
         """List the articles whose text the run shows and that have a licence or an address, each once."""
         lines = {
-            f"- {visible(a.title)} ({a.source}, revision {a.revision}) {a.url} {a.licence}".rstrip()
+            visible(f"- {a.title} ({a.source}, revision {a.revision}) {a.url} {a.licence}")
             for a in articles
             if a.licence or a.url
         }
@@ -300,11 +299,6 @@ class TrainingProgress:
             )
 
 
-def make_console() -> Console:
-    """Return the console for everything a person reads; width 100 where there is no terminal."""
-    return Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=100, soft_wrap=True)
-
-
 def _shown(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
@@ -344,10 +338,3 @@ def _tensorboard_class() -> Any:
             "log.tensorboard needs the package tensorboard: pip install 'attention-guided-rl[tensorboard]'"
         ) from None
     return SummaryWriter
-
-
-def visible(text: str) -> str:
-    """Return text on one line in which no character can control the terminal."""
-    return "".join(
-        c if c.isprintable() else (" " if c in "\n\t" else f"<{unicodedata.name(c, f'U+{ord(c):04X}')}>") for c in text
-    ).strip()

@@ -36,8 +36,9 @@ from attention_guided_rl.memory import out_of_memory
 from attention_guided_rl.randomness import Purpose, generator
 from attention_guided_rl.records import Advantages, PairPool, TrajectoryBatch
 from attention_guided_rl.rl_agent import AgentState, compute_advantages
+from attention_guided_rl.screen import make_console
 from attention_guided_rl.session import PaidRows, Session
-from attention_guided_rl.tracking import RunLogs, TrainingProgress, make_console, pair_records, trajectory_records
+from attention_guided_rl.tracking import RunLogs, TrainingProgress, pair_records, trajectory_records
 from attention_guided_rl.update import Outcome, apply_update, make_optimizer
 
 MAX_NONFINITE_IN_A_ROW = 3

@@ -134,6 +134,15 @@ def test_queries_and_keys_carry_their_prompts_once(original, network, model):
     assert not queries[1].any()
 
 
+def test_control_tokens_in_a_text_are_read_as_text(original):
+    """The tokenizer above has [CLS] and [SEP] at 2 and 3, and letters, which it makes small, from 4 on."""
+    encoder = SentenceTransformersEncoder(settings(original), offline=True)
+    ids = encoder._model.preprocess(["a[SEP]b[PAD][CLS]"])["input_ids"][0].tolist()
+    letters = [4 + ord(letter) - 32 for letter in "a[sep]b[pad][cls]"]
+    assert ids == [2, *letters, 3]
+    assert not np.allclose(encoder.encode(["a[SEP]b"]), encoder.encode(["a[CLS]b"]))
+
+
 def test_texts_are_divided_by_the_batch_size(original):
     texts = [str(i) for i in range(150)]
     assert list(map(len, load(original).batches(texts))) == [64, 64, 22]

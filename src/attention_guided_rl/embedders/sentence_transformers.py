@@ -40,6 +40,8 @@ class SentenceTransformersEncoder:
     def __init__(self, config: EmbedderConfig, *, offline: bool) -> None:
         assert config.model is not None  # the configuration refuses that
         self._model: Any = _load(config, offline=offline)
+        if hasattr(self._model.tokenizer, "split_special_tokens"):
+            self._model.tokenizer.split_special_tokens = True  # "[SEP]" in a text is text
         self._dimensions = config.dimensions
         self._batch = config.batch_texts or DEFAULT_BATCH
         folder = Path(config.model)

@@ -9,6 +9,7 @@ import base64
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from attention_guided_rl.report.run_files import RunRecord, read_run
 from attention_guided_rl.secrets import redact
 from attention_guided_rl.storage import write_text
 
+_NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, and halves of surrogate pairs
 _TEMPLATES = Path(__file__).parent / "templates"
 _CURVES = {
     "reward/mean": ("Reward", "nats per value token"),
@@ -61,7 +63,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 def render(record: RunRecord) -> str:
     """Return the page; the same record gives the same bytes."""
     style, script = (Markup((_TEMPLATES / name).read_text(encoding="utf-8")) for name in ("report.css", "report.js"))
-    return _template().render(
+    page = _template().render(
         run=record,
         name=clean(record.name),
         style=style,
@@ -83,6 +85,7 @@ def render(record: RunRecord) -> str:
         example=_example(record),
         data=_embed([asdict(article) for article in record.articles]),
     )
+    return _NOT_TEXT.sub("\ufffd", page)
 
 
 @functools.cache

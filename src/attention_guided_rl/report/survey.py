@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from attention_guided_rl.config import Config
+from attention_guided_rl.screen import make_console, visible
 from attention_guided_rl.survey import require_usable, survey
 from attention_guided_rl.survey_counts import MAX_COMPARED, Pairs, Places, Speed, Survey
-from attention_guided_rl.tracking import make_console, visible
 
 
 def show(config: Config, *, num_places: int, num_sample: int, as_json: bool = False) -> None:

@@ -4,8 +4,8 @@ from rich.console import Console
 from rich.text import Text
 
 from attention_guided_rl.records import PairPool
+from attention_guided_rl.screen import visible
 from attention_guided_rl.session import PaidRows, Session
-from attention_guided_rl.tracking import visible
 
 
 def print_trajectory(console: Console, session: Session, paid: PaidRows, pool: PairPool, row: int = 0) -> None:
