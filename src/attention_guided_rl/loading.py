@@ -149,7 +149,7 @@ def _refuse_other_weights(folder: Path) -> None:
     """Refuse an index of weights that names what the library would read as a pickle, though asked for safetensors."""
     for path in folder.glob("*.safetensors.index.json"):
         try:
-            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(parse_json(path.read_bytes())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # of which the loading proper will complain
         if other := sorted(str(shard) for shard in shards if not str(shard).endswith(".safetensors")):
