@@ -35,6 +35,7 @@ def _be(work: Callable[[int], None], rank: int, environment: dict[str, str]) -> 
         os.environ.update(environment)
         PartialState._reset_state()
         work(rank)
+        PartialState().wait_for_everyone()  # the first process has the store that the other may still be reading
         code = 0
     except AgrlError as error:
         code = error.exit_code
