@@ -260,7 +260,7 @@ MUTATIONS = (
     ),
     mistake(
         "control tokens in queries", "law_12",
-        ("model.py", "        allowed[special] = False\n", ""),
+        ("model.py", "        allowed[[i for i in control_ids(self.tokenizer) if i < len(allowed)]] = False\n", ""),
     ),
     mistake(
         "control strings of articles become control tokens", "law_12",

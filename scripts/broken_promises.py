@@ -3,7 +3,10 @@
 KILL = "survival/test_kill: any_file_operation"
 SIGNALS = "survival/test_signals: "
 STORAGE = "survival/test_storage: "
-FORGETTING = "    return RunState(**{{**{{name: getattr(state, name) for name in RunState.__slots__}}, {}}})\n"
+FORGETTING = (
+    'does not fit the model") from None\n'
+    "    return RunState(**{{**{{name: getattr(state, name) for name in RunState.__slots__}}, {}}})\n"
+)
 
 # name, tests, (file, text that occurs exactly once, replacement) ...
 BROKEN_PROMISES = (
@@ -20,12 +23,20 @@ BROKEN_PROMISES = (
     (
         "the running statistics are not restored",
         "test_checkpoint: moments_come_back",
-        ("checkpoint.py", "    return state\n", FORGETTING.format('"agent": AgentState()')),
+        (
+            "checkpoint.py",
+            'does not fit the model: {_first_line(error)}") from None\n    return state\n',
+            FORGETTING.format('"agent": AgentState()'),
+        ),
     ),
     (
         "the place in the data is not restored",
         "test_checkpoint: moments_come_back",
-        ("checkpoint.py", "    return state\n", FORGETTING.format('"position": Position()')),
+        (
+            "checkpoint.py",
+            'does not fit the model: {_first_line(error)}") from None\n    return state\n',
+            FORGETTING.format('"position": Position()'),
+        ),
     ),
     (
         "the stream begins at the beginning",

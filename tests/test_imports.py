@@ -21,16 +21,13 @@ LAYERS = [
     config model memory peers guard reward storage tables data.corpus data.text_files report.trajectories report.tables
         summary verification.reading
     config_files distributed rl_agent environment template loading tracking network data.hygiene data.encyclopedia
-        data.article_cache report.drawing report.run_files report.figures fingerprints
-        verification.checkpoint
+        data.article_cache report.drawing report.run_files report.figures fingerprints verification.checkpoint
     branching ema data.hub_dataset data.multistream data.mediawiki_reply report.html run_settings
-        verification.settings
-    compare objective data.mediawiki data.dump_xml verification.logs
-    data.files data.dump data.hub data.wikipedia data.pairs embedders.cache verification.trajectories
-    data scorer rollouts survey_counts embedders.text embedders.attention embedders.hashing
-        verification.evaluation
-    sizes embedders.openai embedders.sentence_transformers verification
-    embedders
+    objective data.mediawiki data.dump_xml compare verification.settings
+    data.files data.dump data.hub data.wikipedia data.pairs embedders.cache verification.logs
+    data scorer rollouts survey_counts embedders.text embedders.attention embedders.hashing verification.trajectories
+    sizes embedders.openai embedders.sentence_transformers verification.evaluation
+    embedders verification
     session checkpoint
     update oracle pickers diagnostics
     trainer texts trial report.terminal

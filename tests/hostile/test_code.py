@@ -270,12 +270,15 @@ def test_code_in_a_run_folder_is_not_imported_wherever_python_looks(run, mark, m
 
 
 def test_code_of_ours_that_a_run_asks_for_is_named_before_it_runs(run, tmp_path, monkeypatch, caplog):
-    (tmp_path / "ours.py").write_text("def reward(inputs):\n    raise SystemExit(99)\n")
+    (tmp_path / "reward_of_ours.py").write_text("def reward(inputs):\n    raise SystemExit(99)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    name_code(run, "ours:reward")
+    name_code(run, "reward_of_ours:reward")
     with pytest.raises(SystemExit, match="99"):
         main(["rollout", str(run)])
-    assert f"{run} asks for code of yours: reward.kind ours:reward, from {tmp_path / 'ours.py'}" in caplog.text
+    assert (
+        f"{run} asks for code of yours: reward.kind reward_of_ours:reward, from {tmp_path / 'reward_of_ours.py'}"
+        in caplog.text
+    )
 
 
 # -- chat templates ----------------------------------------------------------------------------------------------------
