@@ -27,20 +27,20 @@ from attention_guided_rl.cli import main
 from attention_guided_rl.errors import AgrlError
 
 INPUTS = {
-    "configuration": 350,
-    "overrides": 200,
-    "text files": 220,
-    "dumps": 200,
+    "configuration": 250,
+    "overrides": 120,
+    "text files": 160,
+    "dumps": 140,
     "dumps by title": 90,
-    "multistream": 140,
-    "pages": 120,
-    "lists": 80,
-    "vectors": 130,
-    "checkpoints": 220,
-    "logs": 60,
-    "orders": 140,
-    "evaluations": 150,
-    "reports": 190,
+    "multistream": 250,
+    "pages": 90,
+    "lists": 60,
+    "vectors": 150,
+    "checkpoints": 250,
+    "logs": 150,
+    "orders": 300,
+    "evaluations": 100,
+    "reports": 90,
 }
 """Different malformed inputs of each target in the suite, seeds included."""
 EXAMPLES = int(os.environ.get("AGRL_FUZZ_EXAMPLES", "0"))

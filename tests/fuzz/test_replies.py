@@ -137,7 +137,8 @@ def test_a_wiki_is_read_or_refused_in_one_line(server, tmp_path, wanted):
             documented(error)
         assert {path.name.rstrip("0123456789") for path in tmp_path.iterdir()} <= {"cache"}
 
-    fuzz("pages" if wanted == 0 else "lists", answers([WIKI, WIKI, GOES_ON, REFUSED]), check, tmp_path, REPLIES)
+    target, found = ("pages", REPLIES[::2]) if wanted == 0 else ("lists", REPLIES[1::2])
+    fuzz(target, answers([WIKI, WIKI, GOES_ON, REFUSED]), check, tmp_path, found)
 
 
 # -- an embeddings service ---------------------------------------------------------------------------------------------

@@ -10,19 +10,19 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, UndefinedError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from attention_guided_rl.errors import CheckpointError
 from attention_guided_rl.report import drawing, verdict
 from attention_guided_rl.report.log_lines import clean
-from attention_guided_rl.report.run_files import RunRecord, read_run
+from attention_guided_rl.report.run_files import RunRecord, is_number, read_run
 from attention_guided_rl.secrets import redact
 from attention_guided_rl.storage import write_text
 
@@ -50,13 +50,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         StorageError: the disk refuses.
     """
     path = out or folder / "report.html"
-    record = read_run(folder)
-    try:
-        page = render(record)
-    except (TypeError, ValueError, LookupError, AttributeError, UndefinedError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: something in its files is not as this program writes it: {reason}") from error
-    write_text(path, page)
+    write_text(path, render(read_run(folder)))
     return path
 
 
@@ -119,6 +113,7 @@ def _evaluation(summary: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         arms, contrasts = summary["arms"], summary["contrasts"]
+        _require_numbers([*arms.values(), *contrasts.values()])
         ordered = sorted(arms.items(), key=lambda item: -item[1]["mean"])
         own_key = {arm for arm in arms if arm.endswith("/key") or arm == "oracle"}
         differences = [
@@ -141,6 +136,14 @@ def _evaluation(summary: Mapping[str, Any]) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"evaluation.json: not as it is written here ({error!r}); run agrl evaluate") from None
+
+
+def _require_numbers(found: Sequence[Mapping[str, Any]]) -> None:
+    """Raise TypeError if what is drawn or formatted of an arm or a contrast is no number."""
+    for name in ("mean", "low", "high", "p_holm", "subjects", "smallest_detectable"):
+        for value in (one[name] for one in found if name in one):
+            if not (is_number(value) or (name == "smallest_detectable" and value is None)):
+                raise TypeError(f"{name} is {value!r}")
 
 
 def _equal_text(contrast: str, arms: Mapping[str, Any]) -> bool:

@@ -81,19 +81,20 @@ def _whole(path: Path) -> Mapping[str, Any] | None:
     return content
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a value is a number that can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _is_curve(value: Any) -> TypeGuard[list[float]]:
-    return isinstance(value, list) and all(_is_number(step) for step in value)
+    return isinstance(value, list) and all(is_number(step) for step in value)
 
 
 def _read_metrics(path: Path, record: RunRecord) -> None:
     metrics: dict[str, list[tuple[float, float]]] = {}
     for line in objects(path, record.damaged):
         update = line.get("update")
-        if not _is_number(update):
+        if not is_number(update):
             record.damaged[path.name] += 1
             continue
         record.updates = max(record.updates, int(update))
@@ -104,7 +105,7 @@ def _read_metrics(path: Path, record: RunRecord) -> None:
                     ranges[-1] = (ranges[-1][0], int(update))
                 elif value:
                     ranges.append((int(update), int(update)))
-            elif _is_number(value):
+            elif is_number(value):
                 metrics.setdefault(name, []).append((float(update), float(value)))
     longest = max((len(points) for points in metrics.values()), default=0)
     record.updates_per_point = size = max(1, math.ceil(longest / MAX_POINTS))
