@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from attention_guided_rl.checkpoint import check_fingerprints, latest_checkpoint, load_checkpoint, updates_of
+from attention_guided_rl.checkpoint import check_fingerprints, latest_checkpoint, load_checkpoint, updates_of, verify
 from attention_guided_rl.compare import read_evaluation, summarise_seeds
 from attention_guided_rl.config import Config
 from attention_guided_rl.config_files import config_to_dict, config_to_yaml
@@ -170,7 +170,7 @@ def open_run(folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[
     config = load_run_config(folder, overrides=overrides)
     checkpoint = latest_checkpoint(folder)
     session = Session(config, Processes(config.training.device), account=_account(folder), goes_on=True)
-    check_fingerprints(checkpoint, session.fingerprints)
+    check_fingerprints(checkpoint, verify(checkpoint)["fingerprints"], session.fingerprints)
     state = load_checkpoint(checkpoint, session.model, None, session.ema)
     session.temperature = state.temperature
     return session, state.update

@@ -269,8 +269,8 @@ def _start(
     main = session.processes.is_main
     if resume:
         path = latest_checkpoint(run)
-        check_fingerprints(path, session.fingerprints)
-        lengths = verify(path)["log_bytes"]
+        manifest = verify(path)
+        check_fingerprints(path, manifest["fingerprints"], session.fingerprints)
         state = load_checkpoint(path, session.model, optimizer, session.ema)
         session.temperature = state.temperature
         session.micro_batch.lower(state.micro_batch_rows)
@@ -281,7 +281,7 @@ def _start(
         if not main:
             return state, None
         remove_old_checkpoints(run, session.config.training.keep_checkpoints, state.last_good)
-        return state, RunLogs(run, session.config.log, lengths)
+        return state, RunLogs(run, session.config.log, manifest["log_bytes"])
     assert session.temperature is not None
     state = RunState(temperature=session.temperature, embedder=session.embedder.identity)
     return state, RunLogs(run, session.config.log) if main else None
