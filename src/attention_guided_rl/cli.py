@@ -277,7 +277,7 @@ def _verify(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
     print(f"{'check':<28}{'found':<80}ok")
     for finding in verify_run(options.run, overrides):
-        print(f"{finding.check:<28}{finding.found:<80}ok")
+        print(_line(f"{finding.check:<28}{finding.found:<80}ok"))
     return 0
 
 

@@ -95,7 +95,7 @@ def test_a_link_out_of_a_run_folder_is_refused_by_every_command(run, finished, t
     link.symlink_to(elsewhere / ("file" if "." in name.rpartition("/")[2] else "folder"))
     before = everything(tmp_path)
     resume = ["train", "--run", "run", "--resume", "--runs-folder", str(run.parent), "--training.updates", "2"]
-    for command in (["evaluate"], ["report"], ["rollout"], ["compare", str(finished)]):
+    for command in (["evaluate"], ["report"], ["rollout"], ["verify"], ["compare", str(finished)]):
         assert main([*command, str(run)]) == 13, capsys.readouterr().err
     assert main(resume) == 13
     assert "leads out of the run folder" in capsys.readouterr().err
