@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, assume, settings
-from hypothesis import given as drawn_from
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from attention_guided_rl.cli import main
@@ -73,19 +72,21 @@ def fuzz(
         return hashlib.sha256(repr(item).encode(errors="surrogatepass")).digest()
 
     def one(item: Any) -> None:
-        assume(name(item) not in seen)
         with bounded(), only_in(folder):
             check(item)
         seen.add(name(item))
 
     for seed in {name(seed): seed for seed in seeds}.values():
         one(seed)
+
+    def drawn(item: Any) -> None:
+        assume(name(item) not in seen)
+        one(item)
+
     options = {"derandomize": True, "database": None, "phases": [Phase.generate]} if not EXAMPLES else {}
-    drawn = EXAMPLES or max(INPUTS[target] - len(seen), 1)
-    checked = settings(max_examples=drawn, deadline=None, suppress_health_check=list(HealthCheck), **options)(
-        drawn_from(inputs)(lambda item: one(item))
-    )
-    checked()
+    count = EXAMPLES or max(INPUTS[target] - len(seen), 1)
+    bounds = settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), **options)
+    bounds(given(inputs)(drawn))()
     assert EXAMPLES or len(seen) >= INPUTS[target], f"{target}: {len(seen)} different inputs"
 
 
