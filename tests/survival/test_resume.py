@@ -2,7 +2,7 @@
 
 import signal
 
-from trials import LONG, TORTURE, differing_files, metrics_of
+from trials import LONG, TORTURE, differing_files, metrics_of, newest
 
 UPDATES = LONG["training.updates"]
 STOPPED_AFTER = range(1, UPDATES) if TORTURE else (1, 19, UPDATES - 1)
@@ -15,6 +15,7 @@ def test_stopped_after_any_update_and_resumed(long):
         run = long.new()
         assert long.train(run, signals=[[written[done - 1], signal.SIGTERM]]) == 143, long.said(run)
         assert len(metrics_of(run)) == done
+        assert newest(run / "checkpoints").name == f"update-{done:06d}"
         long.finish(run, done, other_checkpoints=True)
 
 

@@ -38,6 +38,7 @@ def test_the_second_signal_ends_at_once(trials):
         code = trials.train(run, signals=[[moment, signal.SIGINT], [moment + 1, signal.SIGINT]])
         assert code in (0, 130)
         assert "Traceback" not in trials.said(run)
+        assert "interrupted after update" not in trials.said(run), "the update was finished all the same"
         trials.finish(run, moment, other_checkpoints=True)
 
 
