@@ -367,7 +367,7 @@ ERRORS = {
     entities: "declares a document type",
     entities_in_utf16: "declares a document type",
     bomb_in_page: "no page ends within 1048576 bytes",
-    bomb_before_root: "no page ends within 1048576 bytes",
+    bomb_before_root: "no element begins within 262144 bytes",
 }
 
 
