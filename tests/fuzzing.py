@@ -29,17 +29,17 @@ INPUTS = {
     "configuration": 180,
     "overrides": 120,
     "text files": 160,
-    "dumps": 140,
+    "dumps": 150,
     "dumps by title": 90,
-    "multistream": 250,
+    "multistream": 200,
     "pages": 90,
     "lists": 60,
     "vectors": 150,
     "checkpoints": 250,
     "logs": 150,
-    "orders": 350,
+    "orders": 400,
     "evaluations": 100,
-    "reports": 90,
+    "reports": 70,
 }
 """Different malformed inputs of each target in the suite, seeds included."""
 EXAMPLES = int(os.environ.get("AGRL_FUZZ_EXAMPLES", "0"))

@@ -330,9 +330,7 @@ def test_a_report_is_written_or_refused_in_one_line(tmp_path):
 
     found = [{**SHOWN, name: data} for name in SHOWN for data in BROKEN[::3]]
     found += [
-        {**SHOWN, "evaluation.json": as_json({**SUMMARY, name: value})}
-        for name in SUMMARY
-        for value in (None, "x", [1], 1e308)
+        {**SHOWN, "evaluation.json": as_json({**SUMMARY, name: value})} for name in SUMMARY for value in (None, 1e308)
     ]
     fuzz("reports", spoiled_files(SHOWN, SHOWN_VALUES), check, tmp_path, found)
 

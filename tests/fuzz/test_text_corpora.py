@@ -93,10 +93,9 @@ TEXTS = [
     *(
         ("a.txt", b"a" * 10**5),
         ("a.txt", b"." * 10**5),
-        ("a.txt", b"A. " * 50_000),
+        ("a.txt", b"A. " * 10_000),
         ("a.txt", "\u0301".encode() * 10**5),
     ),
-    ("a.txt.gz", gzip.compress(b"a" * 2**28 + b"bb", 1)),  # a megabyte that unpacks to more than may be
 ]
 
 
@@ -247,8 +246,8 @@ def dumps(draw: st.DrawFn) -> tuple[str, bytes]:
 DUMPS = [
     *(("wiki.xml", (HEAD + page("Molen", text * 5)).encode() + ENDING) for text in WIKITEXT),
     *(("wiki.xml", HEAD.encode() + piece) for piece in XML),
-    *(("wiki.xml", b"<!--" + b" " * 2**25), ("wiki.xml", b" " * 2**25), ("wiki.xml", HEAD.encode() + b"<a>" * 2**23)),
-    *(("wiki.xml", HEAD.encode() + b"<a/>" * 2**23), ("wiki.xml", HEAD.encode() + b'<a b="' + b"c" * 2**25)),
+    *(("wiki.xml", b"<!--" + b" " * 2**20), ("wiki.xml", b" " * 2**20), ("wiki.xml", HEAD.encode() + b"<a>" * 2**18)),
+    *(("wiki.xml", HEAD.encode() + b"<a/>" * 2**18), ("wiki.xml", HEAD.encode() + b'<a b="' + b"c" * 2**23)),
     ("wiki.xml.bz2", bz2.compress(HEAD.encode() + b"<page><title>" + b"a" * 2**26)),
     ("wiki.xml", DUMP.decode().encode("utf-16")),
 ]
@@ -307,5 +306,5 @@ def test_multistream_dumps_are_read_or_refused_in_one_line(tmp_path):
         read(DumpCorpus, CorpusConfig(kind="dump", path=paths[0], index=paths[1], shuffle=shuffle, title=title))
 
     whole = b"".join(STREAMS)
-    found = [(whole, b"x" * 2**24, False, None), (whole, INDEX * 50_000, True, None), (whole, b"", True, "Molen 1")]
+    found = [(whole, b"x" * 2**21, False, None), (whole, INDEX * 5000, True, None), (whole, b"", True, "Molen 1")]
     fuzz("multistream", multistreams(), check, tmp_path, found)
