@@ -138,8 +138,8 @@ BROKEN_PROMISES = (
         KILL,
         ("runs.py", 'staged = folder.with_name(f".staged-{folder.name}")', "staged = folder"),
     ),
-    ("what is half done stays", STORAGE + "full_from", ("runs.py", "            remove_leftovers(folder)\n", "")),
-    KILL,
+    ("what is half done stays", KILL, ("runs.py", "            remove_leftovers(folder)\n", "")),
+    ("logs are not cut back", KILL, ("tracking.py", "    os.truncate(path, length)\n", "")),
     (
         "sources are not cut back",
         KILL,
