@@ -141,15 +141,6 @@ BROKEN_PROMISES = (
     ("what is half done stays", KILL, ("runs.py", "            remove_leftovers(folder)\n", "")),
     ("logs are not cut back", KILL, ("tracking.py", "    os.truncate(path, length)\n", "")),
     (
-        "sources are not cut back",
-        KILL,
-        (
-            "tracking.py",
-            "paths = [run / name for name in (*LOGS, ATTRIBUTION) if",
-            "paths = [run / name for name in LOGS if",
-        ),
-    ),
-    (
         "a killed transaction holds the store",
         SIGNALS + "before_training",
         (
