@@ -22,7 +22,7 @@ demo: setup  ## train and evaluate the embedded default, in a new run folder
 test: setup  ## run the tests
 	@$(PYTEST)
 
-torture: setup  ## kill, starve and damage runs at every point, not at some: about half an hour
+torture: setup  ## kill, starve and damage runs at every point, not at some
 	AGRL_TORTURE=1 $(BIN)/python -m pytest --timeout 7200 tests/survival tests/test_checkpoint.py
 
 fuzz: setup  ## new malformed inputs for every parser, other ones each time: make fuzz EXAMPLES=5000

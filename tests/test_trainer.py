@@ -197,6 +197,23 @@ def test_attribution_that_cannot_be_written_is_a_matter_of_storage(tmp_path):
             logs.attribute([article])
 
 
+@pytest.mark.parametrize("licensed", [False, True])
+def test_a_source_that_was_half_written_is_gone_after_a_resume(make_config, corpus_file, tmp_path, licensed):
+    path = tmp_path / "articles.jsonl"
+    lines = [json.loads(line) for line in corpus_file.read_text(encoding="utf-8").splitlines()]
+    more = {"licence": "CC BY-SA 4.0"} if licensed else {}
+    path.write_text("".join(json.dumps({**line, **more}) + "\n" for line in lines), encoding="utf-8")
+    config = make_config({"corpus.path": str(path), "training.updates": 1})
+    runs.train(config, tmp_path / "run")
+    with (tmp_path / "run" / "ATTRIBUTION.md").open("a", encoding="utf-8") as file:
+        file.write("- art")
+    runs.train(replace_updates(config, 2), tmp_path / "run", resume=True)
+    runs.train(replace_updates(config, 2), tmp_path / "whole")
+    attribution = [tmp_path / name / "ATTRIBUTION.md" for name in ("run", "whole")]
+    assert [path.exists() for path in attribution] == [licensed, licensed]
+    assert not licensed or attribution[0].read_bytes() == attribution[1].read_bytes()
+
+
 # -- what a resume refuses ---------------------------------------------------------------------------------------------
 
 

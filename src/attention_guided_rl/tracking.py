@@ -49,8 +49,12 @@ class RunLogs:
         self._tensorboard: Any = None
         try:
             if lengths is not None:
-                for name in (*LOGS, *({ATTRIBUTION} & set(lengths))):
+                for name in LOGS:
                     _cut_back(run / name, lengths.get(name))
+                if lengths.get(ATTRIBUTION) == 0:  # there was none; checkpoints of the first schema do not say
+                    self._attribution.unlink(missing_ok=True)
+                elif ATTRIBUTION in lengths:
+                    _cut_back(self._attribution, lengths[ATTRIBUTION])
             for name in LOGS:
                 io_step(f"open {name}")
                 self._files[name] = (run / name).open("a", encoding="utf-8")
@@ -131,10 +135,11 @@ class RunLogs:
         try:
             for file in self._files.values():
                 file.flush()
-            paths = [run / name for name in (*LOGS, ATTRIBUTION) if (run / name).exists()]
-            for path in [*paths, run]:
+            paths = [run / name for name in (*LOGS, ATTRIBUTION)]
+            there = [path for path in paths if path.exists()]
+            for path in [*there, run]:
                 sync(path)
-            return {path.name: path.stat().st_size for path in paths}
+            return {path.name: path.stat().st_size if path in there else 0 for path in paths}
         except OSError as error:
             raise StorageError(f"{run}: cannot write the logs: {error.strerror}") from error
 
