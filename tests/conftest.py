@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from browser import find_chromium, open_browser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -230,3 +231,13 @@ def make_session(make_config):
         return Session(make_config(overrides, shape=shape), Processes("cpu"))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A page of a headless Chromium."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium on PATH")
+    with open_browser(program, tmp_path_factory.mktemp("profile")) as page:
+        yield page

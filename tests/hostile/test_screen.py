@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from browser import find_chromium, open_browser
 
 from attention_guided_rl.cli import main
 from attention_guided_rl.config_files import config_to_yaml
@@ -131,15 +130,6 @@ def test_payloads_change_no_element_of_the_page(hostile_page, tmp_path):
     assert seen.found.count(("comment",)) == 0
     assert not [value for value in seen.values if "evil" in value or "hit" in value or "alert" in value]
     assert not [c for c in page if unicodedata.category(c) in ("Cc", "Cs") and c != "\n"]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium on PATH")
-    with open_browser(program, tmp_path_factory.mktemp("profile")) as page:
-        yield page
 
 
 WALK = """(() => {

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from browser import find_chromium, open_browser
 
 from attention_guided_rl import runs
 from attention_guided_rl.cli import main
@@ -425,15 +424,6 @@ def test_text_stands_out_from_every_ground(tmp_path, mode):
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium on PATH")
-    with open_browser(program, tmp_path_factory.mktemp("profile")) as page:
-        yield page
 
 
 CURRENT = "[...document.querySelectorAll('.panel [aria-current=step]')].map(e => Number(e.dataset.step))"
