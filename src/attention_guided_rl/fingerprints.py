@@ -4,6 +4,8 @@ import hashlib
 import json
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from attention_guided_rl.model import LanguageModel
 
@@ -16,11 +18,16 @@ def fingerprints(model: LanguageModel) -> dict[str, str]:
     weights, tokenizer = hashlib.sha256(), model.tokenizer
     for parameter in model.named_frozen().values():
         flat = parameter.detach().flatten()
-        places = torch.linspace(0, flat.numel() - 1, min(_SAMPLED, flat.numel()), device=flat.device).long()
         weights.update(str(tuple(parameter.shape)).encode())
-        weights.update(flat[places].cpu().view(torch.uint8).numpy().tobytes())
+        weights.update(flat[sampled_places(flat.numel()).to(flat.device)].cpu().view(torch.uint8).numpy().tobytes())
     words = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, sorted(tokenizer.all_special_ids)]
     return {
         "the base model": weights.hexdigest(),
         "the tokenizer": hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest(),
     }
+
+
+def sampled_places(count: int) -> Int[Tensor, " M"]:
+    """Return places from the first to the last of so many elements, in whole numbers: float32 cannot count beyond 2²⁴."""
+    sampled = min(_SAMPLED, count)
+    return torch.arange(sampled) * (count - 1) // max(1, sampled - 1)
