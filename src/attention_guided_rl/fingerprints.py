@@ -28,6 +28,6 @@ def fingerprints(model: LanguageModel) -> dict[str, str]:
 
 
 def sampled_places(count: int) -> Int[Tensor, " M"]:
-    """Return places from the first to the last of so many elements, in whole numbers: float32 cannot count beyond 2²⁴."""
+    """Return places from the first to the last of so many elements; in whole numbers, for float32 counts to 2²⁴."""
     sampled = min(_SAMPLED, count)
     return torch.arange(sampled) * (count - 1) // max(1, sampled - 1)
