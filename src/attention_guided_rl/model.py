@@ -137,10 +137,13 @@ class LanguageModel:
         return states[:, positions.to(states.device) - 1]
 
     def extend(
-        self, cache: DynamicCache, ids: Int[Tensor, "B M"], role_so_far: Int[Tensor, "B T"]
+        self, cache: DynamicCache, ids: Int[Tensor, "B M"], role_so_far: Int[Tensor, "B T"], padded: bool | None = None
     ) -> Float[Tensor, "B M D"]:
-        """Append ids to the cache (`role_so_far` includes theirs) and return their final hidden states."""
-        return self._body(ids, role_so_far, cache=cache)
+        """Append ids to the cache (`role_so_far` includes theirs) and return their final hidden states.
+
+        `padded`: whether `role_so_far` has padding, if that is known.
+        """
+        return self._body(ids, role_so_far, cache=cache, padded=padded)
 
     def new_cache(self, room: int = 0) -> DynamicCache:
         """Return an empty key/value cache, with room for so many tokens if that is known. Not for training."""
@@ -271,11 +274,12 @@ class LanguageModel:
     def _dtype(self) -> torch.dtype:
         return next(self._policy.parameters()).dtype
 
-    def _body(self, ids: Tensor, role: Tensor, cache: DynamicCache | None) -> Tensor:
+    def _body(self, ids: Tensor, role: Tensor, cache: DynamicCache | None, padded: bool | None = None) -> Tensor:
         """Run the transformer without its output head; `role` covers cached tokens too."""
+        padded = has_padding(role) if padded is None else padded
         states = self._active.base_model(
             input_ids=ids,
-            attention_mask=(role != PADDING).long() if has_padding(role) else None,
+            attention_mask=(role != PADDING).long() if padded else None,
             position_ids=position_ids(role)[:, -ids.shape[1] :],
             past_key_values=cache,
             use_cache=cache is not None,

@@ -39,6 +39,7 @@ def rollout(
         reading = env.step(query_ids, torch.ones_like(query_ids, dtype=torch.bool), uniforms[:, step, -1], picker)
         row.append(template.before_value, TEMPLATE)
         row.append_tensor(reading.value_ids, torch.where(reading.value_mask, VALUE, PADDING))
+        row.padded = row.padded or not bool(reading.value_mask.all())
         queries.append(query_ids)
         sampled.append(logprobs)
         readings.append(reading)
@@ -76,6 +77,7 @@ class _GrowingRow:
         self._model, self._rows = model, rows
         self.cache: DynamicCache = model.new_cache(room=length)
         self.role = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
+        self.padded = False  # known here, where to ask the rows at every token would be to wait for a GPU
         self._waiting: list[Tensor] = []
 
     def append(self, piece: tuple[int, ...], role: int) -> None:
@@ -92,4 +94,4 @@ class _GrowingRow:
         """Run everything that waits through the model, in one forward; return its hidden states."""
         ids = torch.cat(self._waiting, 1)
         self._waiting = []
-        return self._model.extend(self.cache, ids, self.role)
+        return self._model.extend(self.cache, ids, self.role, self.padded)
