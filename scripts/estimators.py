@@ -1,20 +1,22 @@
 """Signal and noise of the gradient estimators, all on the same rollouts of the same policy.
 
-    python scripts/estimators.py --batches 24                    the demo, untrained
-    python scripts/estimators.py --batches 24 --run runs/mine    a run's newest checkpoint
+    python scripts/estimators.py --batches 24                         the demo, untrained
+    python scripts/estimators.py --batches 24 --run runs/mine         a run's newest checkpoint
+    python scripts/estimators.py --batches 96 --only mean "KL in"     the default and those whose name has one of these
 
 For every estimator and batch of rollouts the gradient of the policy term is computed (advantages not divided by s, so
 that nothing but the estimator differs). Over K batches with mean m and total variance v of one batch's gradient:
 
     signal² = |m|² − v/K (unbiased),   SNR = signal² / v,   trajectories for SNR 1 = rows of a batch / SNR
 
-± is a jackknife over batches. `cosine` is between the mean gradient and that of the default estimator on the same
-rollouts: a filter that changes what is maximised shows there, and so does the noise of the smaller signal.
+± is a jackknife over batches, also of the difference from the default, which is paired by batch. `cosine` is between
+the mean gradient and that of the default on the same rollouts: a filter that changes what is maximised shows there,
+and so does the noise of the smaller signal.
 """
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,10 +46,11 @@ KEPT = {
     "group_zscore": FilterConfig(kind="group_zscore"),
     "extremes": FilterConfig(kind="extremes"),
 }
+Estimator = tuple[str, str, ObjectiveConfig]
 K1 = KLConfig(place="reward", estimator="k1")
 
 
-def estimators() -> Iterator[tuple[str, str, ObjectiveConfig]]:
+def estimators() -> Iterator[Estimator]:
     """Yield name, reward and options of every estimator; the first is the default."""
     default = ObjectiveConfig()
     yield "value_prior, to_go, leave_one_out (default)", "value_prior", default
@@ -69,8 +72,10 @@ def estimators() -> Iterator[tuple[str, str, ObjectiveConfig]]:
     yield "held_out, to_go, leave_one_out", "held_out", default
 
 
-def gradients_of_a_batch(session: Session, batch: int, states: dict[str, AgentState]) -> dict[str, np.ndarray]:
-    """Return every estimator's gradient on one batch of rollouts, and keep its statistics for the next."""
+def gradients_of_a_batch(
+    session: Session, batch: int, states: dict[str, AgentState], chosen: Sequence[Estimator]
+) -> dict[str, np.ndarray]:
+    """Return the gradient of each estimator chosen on one batch of rollouts, and keep its statistics for the next."""
     config = session.config
     num_articles, group = config.rollout.articles, config.rollout.trajectories
     indices = range(num_articles)
@@ -79,21 +84,28 @@ def gradients_of_a_batch(session: Session, batch: int, states: dict[str, AgentSt
         pool.next_pool(num_articles)
     pool = pool.next_pool(num_articles).to(session.model.device)
     rows = session.rollout(pool, session.uniforms(Purpose.TRAINING, batch, indices, group))
-    q0 = session.uniforms(Purpose.COUNTERFACTUAL, batch, indices, group)[:, :, :-1]
+    wanted, request = {reward for _, reward, _ in chosen}, BranchRequest()
+    if "counterfactual" in wanted:
+        q0 = session.uniforms(Purpose.COUNTERFACTUAL, batch, indices, group)[:, :, :-1]
+        request = BranchRequest(counterfactual_uniforms=q0)
     candidates = unread_candidates(rows, pool)
-    request = with_candidates(BranchRequest(counterfactual_uniforms=q0), candidates, pool)
-    scores = session.reference_scorer.score(rows, with_probes(request, rows, pool))
+    if "expected" in wanted:
+        request = with_candidates(request, candidates, pool)
+    if "held_out" in wanted:
+        request = with_probes(request, rows, pool)
+    scores = session.reference_scorer.score(rows, request)
     prior = session.reference_scorer.prior(pool, session.template)
     inputs = reward_inputs(rows, scores, pool, prior)
-    rewards = {name: reward(inputs).rewards for name, reward in REWARDS.items()}
-    rewards["expected"] = expected_rewards(REWARDS["value_prior"], inputs, scores, candidates, rows).rewards
+    rewards = {name: reward(inputs).rewards for name, reward in REWARDS.items() if name in wanted}
+    if "expected" in wanted:
+        rewards["expected"] = expected_rewards(REWARDS["value_prior"], inputs, scores, candidates, rows).rewards
     distribution = session.model.reference_logprobs(scores.query_hidden, config.rollout.temperature)
     ids, _ = rows.query_slots()
     k1 = rows.sampled_logprobs - distribution.gather(-1, ids.flatten(1)[..., None]).view(ids.shape)
 
     found = {}
     parameters = list(session.model.named_trainable().values())
-    for name, reward, options in estimators():
+    for name, reward, options in chosen:
         level = reward == "held_out"
         kl = k1.mean(-1) if options.kl.place == "reward" else None
         state = replace(states.get(name, AgentState()), scale=1.0)
@@ -111,20 +123,19 @@ def gradients_of_a_batch(session: Session, batch: int, states: dict[str, AgentSt
     return found
 
 
-def signal_to_noise(gradients: np.ndarray) -> tuple[float, float]:
-    """Return SNR and its jackknife error from (batches, parameters)."""
-    gram = gradients @ gradients.T
+def jackknife(statistic: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:
+    """Return a statistic of batches (given by their places) over all of them, and its jackknife error."""
+    everything = np.arange(count)
+    left_out = np.array([statistic(np.delete(everything, i)) for i in everything])
+    return statistic(everything), math.sqrt((count - 1) / count * ((left_out - left_out.mean()) ** 2).sum())
 
-    def ratio(keep: np.ndarray) -> float:
-        count, some = len(keep), gram[np.ix_(keep, keep)]
-        mean_square = some.sum() / count**2
-        variance = (np.trace(some) - count * mean_square) / (count - 1)
-        return float((mean_square - variance / count) / variance)
 
-    everything = np.arange(len(gradients))
-    left_out = np.array([ratio(np.delete(everything, i)) for i in everything])
-    error = math.sqrt((len(everything) - 1) / len(everything) * ((left_out - left_out.mean()) ** 2).sum())
-    return ratio(everything), error
+def signal_to_noise(gram: np.ndarray, places: np.ndarray) -> float:
+    """Return the SNR of the batches at `places`, of which `gram` has the inner products of the gradients."""
+    count, some = len(places), gram[np.ix_(places, places)]
+    mean_square = some.sum() / count**2
+    variance = (np.trace(some) - count * mean_square) / (count - 1)
+    return float((mean_square - variance / count) / variance)
 
 
 def main() -> None:
@@ -132,27 +143,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--run", type=Path)
+    parser.add_argument("--only", nargs="*", default=[], metavar="TEXT")
     options = parser.parse_args()
     overrides = {"evaluation.articles": 0, "corpus.pairs_per_subject": 4}
     if options.run:
         session, _ = runs.open_run(options.run)
     else:
         session = runs.open_untrained(load_config("demo", overrides=overrides))
+    default, *others = estimators()
+    chosen = [default, *(e for e in others if not options.only or any(text in e[0] for text in options.only))]
     states: dict[str, AgentState] = {}
-    batches = [gradients_of_a_batch(session, number, states) for number in range(options.batches)]
+    batches = [gradients_of_a_batch(session, number, states, chosen) for number in range(options.batches)]
     rows = session.config.rollout.articles * session.config.rollout.trajectories
-    names = list(batches[0])
-    default = np.stack([b[names[0]] for b in batches]).mean(0)
     print(f"{options.batches} batches of {rows} trajectories")
-    print(f"{'estimator':52s} {'SNR':>7s} {'±':>6s} {'trajectories for SNR 1':>23s} {'cosine':>7s}")
-    for name in names:
-        stack = np.stack([b[name] for b in batches])
-        used = stack[np.abs(stack).sum(1) > 0]  # before its warm-up a filter keeps nothing
-        ratio, error = signal_to_noise(used)
-        mean = used.mean(0)
-        cosine = float(mean @ default / (np.linalg.norm(mean) * np.linalg.norm(default)))
+    print(
+        f"{'estimator':52s} {'SNR':>7s} {'±':>6s} {'trajectories for SNR 1':>23s} {'− default':>10s} {'±':>6s} cosine"
+    )
+    table(np.stack([list(batch.values()) for batch in batches]), list(batches[0]), rows)
+
+
+def table(gradients: np.ndarray, names: list[str], rows: int) -> None:
+    """Print a line for each estimator, given its gradients (batches, estimators, parameters); the default is first."""
+    mean_of_default = gradients[:, 0].mean(0)
+    for n, name in enumerate(names):
+        used = np.abs(gradients[:, n]).sum(1) > 0  # before its warm-up a filter keeps nothing
+        own, base = gradients[used, n], gradients[used, 0]
+        own_gram, base_gram = own @ own.T, base @ base.T
+        ratio, error = jackknife(lambda places, g=own_gram: signal_to_noise(g, places), len(own))
+        difference, its_error = jackknife(
+            lambda places, g=own_gram, b=base_gram: signal_to_noise(g, places) - signal_to_noise(b, places), len(own)
+        )
+        mean = own.mean(0)
+        cosine = float(mean @ mean_of_default / (np.linalg.norm(mean) * np.linalg.norm(mean_of_default)))
         needed = f"{rows / ratio:.0f}" if ratio > 0 else "–"
-        print(f"{name:52s} {ratio:7.3f} {error:6.3f} {needed:>23s} {cosine:7.2f}")
+        print(f"{name:52s} {ratio:7.3f} {error:6.3f} {needed:>23s} {difference:+10.3f} {its_error:6.3f} {cosine:6.2f}")
 
 
 if __name__ == "__main__":
