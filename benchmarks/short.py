@@ -18,6 +18,7 @@ from compare import Plan, compare
 from machine import default_limits, describe, measure_limits
 from measure import add_numbers, limits_row, memory_table, phase_table, size_of
 from ours import next_pool, our_step, warm_up
+from start import add_start
 from tables import OUT, Report, spread
 
 from attention_guided_rl.memory import peak_bytes, reset_peak
@@ -74,6 +75,8 @@ def main(arguments: list[str] | None = None) -> Report:
         "100 M": Plan(min(2, options.repeats)),
         "toy": Plan(options.repeats, naive_batches=(2, None), trl=True, trl_tries=1),
     }
+    if not options.toy:
+        add_start(report, options.repeats)
     sizes = Sizes(num_pairs=3, trajectories=2, query_len=2, key_len=3, value_len=4) if options.toy else Sizes()
     for name in wanted:
         reset_peak(CPU)
