@@ -28,7 +28,7 @@ from attention_guided_rl.memory import peak_bytes, reset_peak
 CPU = torch.device("cpu")
 MODELS = {32: "30 M", 100: "3 M"}
 ARTICLES = {32: 1, 100: 2}
-"""Of eight rows each. With a small model more rows pay on both sides; the naive loop's last step is then minutes long."""
+"""Of eight rows each. With a small model more rows pay on both sides; the naive loop's last step takes minutes then."""
 
 
 def run_case(report: Report, case: Case, repeats: int, before: int, toy: bool) -> None:
