@@ -35,10 +35,12 @@ def test_a_signal_at_any_moment_saves_and_resuming_ends_with_the_same_bits(trial
 def test_the_second_signal_ends_at_once(trials):
     for moment in moments(trials.steps):
         run = trials.new()
-        code = trials.train(run, signals=[[moment, signal.SIGINT], [moment + 1, signal.SIGINT]])
+        steps = run.parent / "steps"
+        code = trials.train(run, signals=[[moment, signal.SIGINT], [moment + 1, signal.SIGINT]], steps=str(steps))
         assert code in (0, 130)
         assert "Traceback" not in trials.said(run)
-        assert "interrupted after update" not in trials.said(run), "the update was finished all the same"
+        if len(steps.read_text(encoding="utf-8").splitlines()) > moment + 1:  # else the first had ended it by then
+            assert "interrupted after update" not in trials.said(run), "the update was finished all the same"
         trials.finish(run, moment, other_checkpoints=True)
 
 
