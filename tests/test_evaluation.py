@@ -118,10 +118,20 @@ def test_orders_of_a_file_are_compared_with_the_policy_and_with_random_picks_in_
     }  # fmt: skip
     contrasts = summarise(records(table), held_out=True)["contrasts"]
     assert {name: c["mean"] for name, c in contrasts.items()} == {
-        "trained/key-untrained/key": 5.0, "trained/key-my-order/key": 1.5, "my-order/key-random/key": 3.0,
+        "trained/key-untrained/key": 5.0, "trained/key-random/key": 4.5,
+        "trained/key-my-order/key": 1.5, "my-order/key-random/key": 3.0,
     }  # fmt: skip
-    assert {c["p_holm"] for c in contrasts.values()} == {1.0}  # 3 × 0.5
+    assert {c["p_holm"] for c in contrasts.values()} == {1.0}  # 4 × 0.5
     assert {*PICKERS, "oracle"} == OUR_PICKERS
+
+
+def test_choices_are_compared_with_each_simple_reader_with_the_text_held_equal():
+    readers = ("random", "article_order", "easy_to_hard", "nearest_key")
+    table = {"trained/key": [4.0, 6.0], **{f"{name}/key": [float(i), i + 2.0] for i, name in enumerate(readers)}}
+    contrasts = summarise(records(table), held_out=True)["contrasts"]
+    assert {name: c["mean"] for name, c in contrasts.items()} == {
+        f"trained/key-{name}/key": 4.0 - i for i, name in enumerate(readers)
+    }
 
 
 def test_holm_adjusts_over_all_contrasts_that_are_given():

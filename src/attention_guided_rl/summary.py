@@ -16,7 +16,9 @@ CONTRASTS: dict[str, dict[str, int]] = {
         f"{a}-{b}": {a: 1, b: -1}
         for a, b in (
             ("trained", "untrained"), ("trained", "random"), ("trained", "article_order"), ("trained", "easy_to_hard"),
-            ("trained", "nearest_key"), ("trained/key", "untrained/key"), ("planted/key", "random/key"),
+            ("trained", "nearest_key"), ("trained/key", "untrained/key"), ("trained/key", "random/key"),
+            ("trained/key", "article_order/key"), ("trained/key", "easy_to_hard/key"),
+            ("trained/key", "nearest_key/key"), ("planted/key", "random/key"),
             ("trained", "trained/none"), ("trained", "trained/shuffled"), ("trained", "trained/fixed"),
         )
     },
