@@ -158,6 +158,13 @@ def test_seeds_are_averaged_within_their_article():
     assert summary["articles"] == 2
 
 
+def test_the_main_differences_are_given_for_each_seed_where_there_are_several():
+    table = {0: {"trained": [3.0, 5.0], "untrained": [1.0, 1.0]}, 1: {"trained": [1.0, 1.0], "untrained": [2.0, 1.0]}}
+    rows = [r | {"seed": seed} for seed, arms in table.items() for r in records(arms)]
+    assert summarise(rows, held_out=True)["by_seed"] == {"trained-untrained": [3.0, -0.5]}  # 2, 4 and −1, 0
+    assert "by_seed" not in summarise(rows[:4], held_out=True)
+
+
 def test_differences_are_paired_by_article_whatever_the_order():
     rows = [record("trained", "a", 1.0), record("trained", "b", 10.0), record("trained", "c", 99.0),
             record("untrained", "b", 9.0), record("untrained", "a", 0.0)]  # fmt: skip
