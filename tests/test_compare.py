@@ -166,3 +166,5 @@ def test_a_run_without_an_evaluation_is_named(tmp_path, capsys):
         read_evaluation(tmp_path / "a")
     code, text = shown(capsys, tmp_path / "a", tmp_path / "b")
     assert (code, "agrl evaluate" in text) == (2, True)
+    with pytest.raises(ConfigError, match="b is not a run folder"):
+        read_evaluation(tmp_path / "b")

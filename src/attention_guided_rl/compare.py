@@ -76,6 +76,8 @@ def read_evaluation(folder: Path) -> RunEvaluation:
         records = tuple(_Line.model_validate(parse_json(line)).model_dump() for line in lines)
         held_out = bool(parse_json((folder / "evaluation.json").read_bytes())["held_out"])
     except OSError:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is not a run folder (there is no such folder)") from None
         raise ConfigError(f"{folder} has no evaluation; run agrl evaluate {folder} first") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{folder}: its evaluation cannot be read; run agrl evaluate {folder} again") from None
