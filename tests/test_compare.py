@@ -147,6 +147,17 @@ def test_three_seeds_speak_of_the_method(tmp_path, capsys):
     code, text = shown(capsys, *group("a", 3.0), "vs", *group("b", 1.0))  # 8 equal differences: p = 2/256
     assert code == 0
     assert "trained: better by 2.000 nats per value token (3 seeds, so this speaks of the method)" in text
+    assert "trained by seed: +2.000, +2.000, +2.000 (SD 0.000)" in text
+
+
+def test_the_spread_of_seeds_stands_beside_an_interval_that_leaves_it_out(tmp_path, capsys):
+    levels = {0: 1.0, 1: 3.0, 2: 5.0}
+    ours = [write(tmp_path / f"a{s}", run("x", [v + i / 8 for i in range(8)], seed=s)) for s, v in levels.items()]
+    theirs = [write(tmp_path / f"b{s}", run("x", [1.0 + i / 8 for i in range(8)], seed=s)) for s in levels]
+    _, text = shown(capsys, *ours, "vs", *theirs)
+    assert "trained by seed: +0.000, +2.000, +4.000 (SD 2.000); the intervals above leave this spread out" in text
+    _, text = shown(capsys, ours[0], "vs", theirs[0])
+    assert "by seed" not in text
 
 
 def test_a_run_without_an_evaluation_is_named(tmp_path, capsys):
@@ -155,3 +166,5 @@ def test_a_run_without_an_evaluation_is_named(tmp_path, capsys):
         read_evaluation(tmp_path / "a")
     code, text = shown(capsys, tmp_path / "a", tmp_path / "b")
     assert (code, "agrl evaluate" in text) == (2, True)
+    with pytest.raises(ConfigError, match="b is not a run folder"):
+        read_evaluation(tmp_path / "b")

@@ -118,10 +118,20 @@ def test_orders_of_a_file_are_compared_with_the_policy_and_with_random_picks_in_
     }  # fmt: skip
     contrasts = summarise(records(table), held_out=True)["contrasts"]
     assert {name: c["mean"] for name, c in contrasts.items()} == {
-        "trained/key-untrained/key": 5.0, "trained/key-my-order/key": 1.5, "my-order/key-random/key": 3.0,
+        "trained/key-untrained/key": 5.0, "trained/key-random/key": 4.5,
+        "trained/key-my-order/key": 1.5, "my-order/key-random/key": 3.0,
     }  # fmt: skip
-    assert {c["p_holm"] for c in contrasts.values()} == {1.0}  # 3 × 0.5
+    assert {c["p_holm"] for c in contrasts.values()} == {1.0}  # 4 × 0.5
     assert {*PICKERS, "oracle"} == OUR_PICKERS
+
+
+def test_choices_are_compared_with_each_simple_reader_with_the_text_held_equal():
+    readers = ("random", "article_order", "easy_to_hard", "nearest_key")
+    table = {"trained/key": [4.0, 6.0], **{f"{name}/key": [float(i), i + 2.0] for i, name in enumerate(readers)}}
+    contrasts = summarise(records(table), held_out=True)["contrasts"]
+    assert {name: c["mean"] for name, c in contrasts.items()} == {
+        f"trained/key-{name}/key": 4.0 - i for i, name in enumerate(readers)
+    }
 
 
 def test_holm_adjusts_over_all_contrasts_that_are_given():
@@ -146,6 +156,13 @@ def test_seeds_are_averaged_within_their_article():
     assert summary["arms"]["trained"] == {"mean": 3.0, "low": 1.0, "high": 5.0}  # of 1 and 5, not of 0, 2 and 5
     assert summary["seeds"] == [0, 1]
     assert summary["articles"] == 2
+
+
+def test_the_main_differences_are_given_for_each_seed_where_there_are_several():
+    table = {0: {"trained": [3.0, 5.0], "untrained": [1.0, 1.0]}, 1: {"trained": [1.0, 1.0], "untrained": [2.0, 1.0]}}
+    rows = [r | {"seed": seed} for seed, arms in table.items() for r in records(arms)]
+    assert summarise(rows, held_out=True)["by_seed"] == {"trained-untrained": [3.0, -0.5]}  # 2, 4 and −1, 0
+    assert "by_seed" not in summarise(rows[:4], held_out=True)
 
 
 def test_differences_are_paired_by_article_whatever_the_order():

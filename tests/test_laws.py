@@ -82,7 +82,7 @@ from attention_guided_rl.scorer import SCORERS, reference_scorer
 from attention_guided_rl.selection import head_scores, sample, selection_logprobs
 from attention_guided_rl.template import Template, assemble, build_template
 from attention_guided_rl.texts import with_key_text
-from attention_guided_rl.update import apply_update, make_optimizer
+from attention_guided_rl.update import apply_update, make_optimizer, reward_weights
 from attention_guided_rl.verification import verify_run
 
 SHAPES = ("llama", "qwen3", "gpt2")
@@ -652,7 +652,7 @@ def test_law_03_a_trained_selection_has_the_exact_gradient(toy, exact):
     assert any(float((ours[n] - without[n]).abs().max()) > 1e-3 * float(wanted[n].abs().max()) for n in ours)
 
 
-def test_law_03_the_gradient_through_the_reward_makes_it_whole(toy):
+def test_law_03_the_gradient_through_the_reward_makes_it_whole(toy, make_session):
     """Live scorer, weight 1: the loss has the gradient of E[R_θ] by θ in the policy and in the reward alike."""
     layout = toy.rows.layout
     logits = toy.model.peft_model(input_ids=toy.rows.ids).logits
@@ -663,7 +663,8 @@ def test_law_03_the_gradient_through_the_reward_makes_it_whole(toy):
     probability = toy.probabilities().detach().float()
     config = ObjectiveConfig(advantage_baseline="running_mean")
     advantages = weighted_advantages(toy, rewards.detach().float(), config)
-    weights = probability / (toy.steps * 2)
+    session = make_session({"reward.kind": "plain", "reward.scorer": "policy", "reward.gradient_weight": 1.0})
+    weights = probability * reward_weights(session, toy.rows, toy.pool, torch.arange(len(toy.rows.ids)), 1.0)
     assert_is_the_gradient(toy, estimate(toy, advantages, reward_weights=weights), wanted)
 
 

@@ -1,6 +1,7 @@
 """Rewards by hand, and what they must be in the mean."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from attention_guided_rl.errors import ConfigError
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import Scores
 from attention_guided_rl.reward import REWARDS, Candidates, RewardInputs, expected_rewards
+from attention_guided_rl.update import reward_weights
 
 
 def first_pool(session, probes=0, articles=2):
@@ -74,6 +76,18 @@ def test_what_a_reward_needs_is_demanded(make_session):
     assert held_out.num_training_probes == 4
     with pytest.raises(ValueError, match="probes"):
         held_out.pay(rows, pool)
+
+
+def test_the_gradient_through_the_reward_is_weighted_by_the_rows_own_article(make_session):
+    session = make_session({"reward.kind": "plain", "reward.scorer": "policy", "reward.gradient_weight": 0.5})
+    pool = first_pool(session)
+    mask = torch.ones_like(pool.value_mask)
+    mask[0, :, 3:] = False  # L̄ is 3 and 4 tokens
+    pool = replace(pool, value_mask=mask)
+    rows = session.rollout(pool, session.uniforms(Purpose.TRAINING, 0, range(2), 3))
+    found = reward_weights(session, rows, pool, tensor([0, 2, 3]), 2.0)  # w/(s·S·L̄) with S = 3
+    assert found is not None
+    assert found.tolist() == pytest.approx([0.5 / 18, 0.5 / 18, 0.5 / 24])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pydantic import BaseModel, FiniteFloat
 from attention_guided_rl.errors import ConfigError
 from attention_guided_rl.plain_data import parse_json
 from attention_guided_rl.run_settings import SCORING, differences, read_settings, require_seeds_of_one_setting
-from attention_guided_rl.summary import contrast, summarise, unit_means, with_holm
+from attention_guided_rl.summary import contrast, seed_means, summarise, unit_means, with_holm
 
 
 class _Line(BaseModel):
@@ -76,6 +76,8 @@ def read_evaluation(folder: Path) -> RunEvaluation:
         records = tuple(_Line.model_validate(parse_json(line)).model_dump() for line in lines)
         held_out = bool(parse_json((folder / "evaluation.json").read_bytes())["held_out"])
     except OSError:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is not a run folder (there is no such folder)") from None
         raise ConfigError(f"{folder} has no evaluation; run agrl evaluate {folder} first") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{folder}: its evaluation cannot be read; run agrl evaluate {folder} again") from None
@@ -133,6 +135,7 @@ def compare_runs(ours: Sequence[RunEvaluation], theirs: Sequence[RunEvaluation])
         "seeds": min(len(our_seeds), len(their_seeds)),
         "contrasts": contrasts,
         "identical": [arm for arm in paired if arm not in contrasts],
+        "by_seed": _trained_by_seed(ours, theirs) if our_seeds == their_seeds else [],
     }
 
 
@@ -193,6 +196,12 @@ def _require_same(a: RunEvaluation, b: RunEvaluation) -> None:
             f"{a.name} and {b.name} were not evaluated on the same articles and pools (another corpus, or another "
             "number of articles or probes); evaluate both with the same evaluation.* settings"
         )
+
+
+def _trained_by_seed(ours: Sequence[RunEvaluation], theirs: Sequence[RunEvaluation]) -> list[float]:
+    """Return each seed's difference of the arm `trained`; empty if a group lacks it."""
+    a, b = (seed_means([r for run in group for r in run.records]) for group in (ours, theirs))
+    return [a[s]["trained"] - b[s]["trained"] for s in a if "trained" in a[s] and "trained" in b[s]]
 
 
 def _articles(group: Sequence[RunEvaluation]) -> set[str]:

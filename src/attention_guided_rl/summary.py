@@ -16,7 +16,9 @@ CONTRASTS: dict[str, dict[str, int]] = {
         f"{a}-{b}": {a: 1, b: -1}
         for a, b in (
             ("trained", "untrained"), ("trained", "random"), ("trained", "article_order"), ("trained", "easy_to_hard"),
-            ("trained", "nearest_key"), ("trained/key", "untrained/key"), ("planted/key", "random/key"),
+            ("trained", "nearest_key"), ("trained/key", "untrained/key"), ("trained/key", "random/key"),
+            ("trained/key", "article_order/key"), ("trained/key", "easy_to_hard/key"),
+            ("trained/key", "nearest_key/key"), ("planted/key", "random/key"),
             ("trained", "trained/none"), ("trained", "trained/shuffled"), ("trained", "trained/fixed"),
         )
     },
@@ -30,6 +32,8 @@ PICKERS = frozenset(arm.partition("@")[0].partition("/")[0] for signs in CONTRAS
     "oracle"
 }
 """Whoever picks in an arm of ours; every other picker is a file of orders."""
+MAIN_PAIRS = (("trained", "untrained"), ("trained/key", "untrained/key"))
+"""Differences that are given for each seed too."""
 GAPS = {"oracle_gap_closed": "oracle", "possible_gap_closed": "planted/possible"}
 
 Values = Mapping[str, Mapping[Any, float]]
@@ -58,6 +62,26 @@ def summarise(records: Sequence[Mapping[str, Any]], *, held_out: bool) -> dict[s
         "contrasts": contrasts,
         "choice_gain": None if choice is None else {k: choice[k] for k in ("mean", "low", "high", "p", "p_holm")},
         **{name: _gap_closed(values, bound) for name, bound in GAPS.items()},
+        **_by_seed(records),
+    }
+
+
+def _by_seed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the main differences of every seed, where there are several: intervals over articles leave them out."""
+    seeds = seed_means(records)
+    if len(seeds) < 2:
+        return {}
+    pairs = [(a, b) for a, b in MAIN_PAIRS if all({a, b} <= arms.keys() for arms in seeds.values())]
+    return {"by_seed": {f"{a}-{b}": [arms[a] - arms[b] for arms in seeds.values()] for a, b in pairs}}
+
+
+def seed_means(records: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Return each seed's mean reward of every arm, articles counting equally, by seed."""
+    seeds = sorted({r["seed"] for r in records})
+    means = {seed: unit_means([r for r in records if r["seed"] == seed], "reward", "article") for seed in seeds}
+    return {
+        seed: {arm: sum(by_article.values()) / len(by_article) for arm, by_article in arms.items()}
+        for seed, arms in means.items()
     }
 
 

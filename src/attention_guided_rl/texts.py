@@ -44,8 +44,9 @@ def with_possible_text(
 ) -> TrajectoryBatch:
     """Return the rows with own-key text, but untrained text, written in that context, at each subject's first pair.
 
-    What a perfect writer could write: before a subject has been read nobody can name it. A rewritten query depends on
-    the slots before it alone, so after pass n the first n of a row are final.
+    Before a subject has been read nobody can name it. It is no strict bound: a first query that names no subject at all
+    misleads less than an untrained one. A rewritten query depends on the slots before it alone, so after pass n the
+    first n of a row are final.
     """
     ids, mask = key_queries(session, pool)
     ids, mask = slot(ids, rows.picks), slot(mask, rows.picks)

@@ -156,7 +156,7 @@ def test_sentences_claim_what_is_shown_and_no_more():
         "+0.300 [+0.200, +0.400] nats per value token.",
         "With the text held equal, so that only the choice of pairs differs: −0.050 [−0.110, +0.020]; "
         "no difference shown.",
-        "Beside simple readers: no difference shown from random.",
+        "Beside simple readers, which stand with the untrained model’s text: no difference shown from random.",
         "It closes 25% of the gap between the untrained model and the greedy oracle.",
     ]
     nothing = SUMMARY | {"contrasts": {"trained-untrained": contrast(0.1, -0.1, 0.3, 0.4)}, "held_out": False}
@@ -164,6 +164,18 @@ def test_sentences_claim_what_is_shown_and_no_more():
         "On 30 articles it was trained on, no difference is shown between this run’s policy and the untrained model "
         "(the interval holds 0): +0.100 [−0.100, +0.300] nats per value token."
     )
+
+
+def test_choices_are_compared_with_simple_ones_where_the_text_is_equal():
+    readers = {"random/key": contrast(0.6, 0.5, 0.7, 0.001), "nearest_key/key": contrast(-0.01, -0.03, 0.01, 0.4),
+               "my-order/key": contrast(-0.2, -0.3, -0.1, 0.01)}  # fmt: skip
+    contrasts = {**SUMMARY["contrasts"], **{f"trained/key-{b}": c for b, c in readers.items()}}
+    said = sentences(SUMMARY | {"arms": dict.fromkeys([*SUMMARY["arms"], *readers]), "contrasts": contrasts})
+    assert said[2:4] == [
+        "Beside simple readers, which stand with the untrained model’s text: no difference shown from random.",
+        "Choices beside those of simple readers, with the text held equal: better than random; no difference shown "
+        "from nearest key; worse than my-order.",
+    ]
 
 
 def test_arms_with_hyphens_are_told_apart():

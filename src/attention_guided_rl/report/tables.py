@@ -1,6 +1,7 @@
 """Tables of evaluations and comparisons for the terminal; no model and no tensor is needed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import stdev
 from typing import Any
 
 from rich.box import SIMPLE
@@ -12,7 +13,7 @@ from attention_guided_rl.report.verdict import verdict as verdict_of
 
 METHOD_SEEDS = 3
 """Runs that differ by their seed before anything is said of the method."""
-GAPS = {"oracle_gap_closed": "the greedy oracle", "possible_gap_closed": "what a perfect writer could write"}
+GAPS = {"oracle_gap_closed": "the greedy oracle", "possible_gap_closed": "planted/possible"}
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
@@ -27,6 +28,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
             f"choice gain (text held equal, only the picks differ): {choice['mean']:+.3f} "
             f"[{choice['low']:+.3f} … {choice['high']:+.3f}], p (Holm) {choice['p_holm']:.4f}"
         )
+    lines += [f"{name} {_seeds(values)}" for name, values in summary.get("by_seed", {}).items()]
     for name, bound in GAPS.items():
         if summary.get(name) is not None:
             lines.append(f"gap to {bound} closed: {summary[name]:.0%}")
@@ -56,6 +58,14 @@ def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
     else:
         verdict = f"{verdict_of(trained)} by {abs(trained['mean']):.3f} nats per value token"
     console.print(Text(f"trained: {verdict} ({subject})"))
+    if len(comparison["by_seed"]) > 1:
+        console.print(Text(f"trained {_seeds(comparison['by_seed'])}"))
+
+
+def _seeds(values: Sequence[float]) -> str:
+    """Say what each seed gave: intervals resample articles (or trajectories), with the seeds as they are."""
+    each = ", ".join(f"{value:+.3f}" for value in values)
+    return f"by seed: {each} (SD {stdev(values):.3f}); the intervals above leave this spread out"
 
 
 def subject_of_claims(num_seeds: int) -> str:

@@ -55,11 +55,13 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
             f"With the text held equal, so that only the choice of pairs differs: {with_interval(choice)}; "
             f"{_choice(verdict(choice))}."
         )
-    simple = {b: c for (a, b), c in _pairs(summary) if a == "trained" and b and b != "untrained" and "/" not in b}
-    groups = {word: [arm_label(b) for b, c in simple.items() if verdict(c) == word] for word in _AGAINST}
-    parts = [f"{_AGAINST[word]} {_list(names)}" for word, names in groups.items() if names]
-    if parts:
-        said.append(f"Beside simple readers: {'; '.join(parts)}.")
+    for ending, about in _BESIDE.items():
+        pairs = [(b.removesuffix(ending), c) for (a, b), c in _pairs(summary) if a == f"trained{ending}"]
+        readers = {b: c for b, c in pairs if b not in ("", "untrained") and "/" not in b}
+        groups = {word: [arm_label(b) for b, c in readers.items() if verdict(c) == word] for word in _AGAINST}
+        parts = [f"{_AGAINST[word]} {_list(names)}" for word, names in groups.items() if names]
+        if parts:
+            said.append(f"{about}: {'; '.join(parts)}.")
     if (closed := summary.get("oracle_gap_closed")) is not None:
         said.append(f"It closes {number(closed, '.0%')} of the gap between the untrained model and the greedy oracle.")
     return said
@@ -79,6 +81,10 @@ def caveats(summary: Mapping[str, Any]) -> list[str]:
     return found
 
 
+_BESIDE = {
+    "": "Beside simple readers, which stand with the untrained model’s text",
+    "/key": "Choices beside those of simple readers, with the text held equal",
+}
 _AGAINST = {"better": "better than", "no difference shown": "no difference shown from", "worse": "worse than"}
 
 
