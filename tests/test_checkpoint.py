@@ -396,6 +396,18 @@ def test_a_damaged_checkpoint_does_not_count_among_the_kept_and_is_not_removed(f
     assert latest_checkpoint(five) == checkpoint_path(five, 4)
 
 
+def test_copies_and_notes_of_the_user_are_no_checkpoints_and_are_left_alone(five):
+    folder = five / "checkpoints"
+    names = ["update-000005.bak", "update-best", "update-000001 (copy)"]
+    for name in names:
+        shutil.copytree(checkpoint_path(five, 5), folder / name)
+    (folder / "update-000009").write_text("a note", encoding="utf-8")
+    remove_old_checkpoints(five, 2, None)
+    names += ["update-000004", "update-000005", "update-000009"]
+    assert {path.name for path in folder.iterdir()} == set(names)
+    assert latest_checkpoint(five) == checkpoint_path(five, 5)
+
+
 def test_how_many_updates_are_lost_is_said(five, caplog):
     for update in (5, 4):
         (checkpoint_path(five, update) / "state.json").write_bytes(b"{}")
