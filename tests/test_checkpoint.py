@@ -1,5 +1,6 @@
 """Checkpoints: everything comes back, damage of any file is seen and named, and the adapter is an ordinary one."""
 
+import hashlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from attention_guided_rl.checkpoint import (
     RunState,
+    check_fingerprints,
     checkpoint_path,
     latest_checkpoint,
     load_checkpoint,
@@ -340,6 +342,20 @@ def test_an_edited_manifest_is_noticed(run, edit):
     path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     with pytest.raises(CheckpointError, match="update-000002"):
         verify(checkpoint_path(run, 2))
+
+
+def test_a_checkpoint_of_the_first_schema_is_read(run, make_model):
+    """It had no fingerprints, so nothing is held against it; and no length of ATTRIBUTION.md."""
+    path = checkpoint_path(run, 2)
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest |= {"schema": 1}
+    del manifest["fingerprints"], manifest["manifest_sha256"]
+    manifest["manifest_sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert latest_checkpoint(run) == path
+    assert verify(path)["log_bytes"] == LOGS
+    check_fingerprints(path, verify(path)["fingerprints"], {"the base model": "0" * 64})
+    assert load_checkpoint(path, make_model("llama"), None) == STATE
 
 
 @pytest.mark.parametrize("content", [b"", b"3", b"[]", b"null", b'{"schema": 1}', b"\xff", b"[" * 50_000])
