@@ -74,6 +74,11 @@ BROKEN_PROMISES = (
         ("checkpoint.py", "elif spared is None or path != checkpoint_path(run, spared):", "else:"),
     ),
     (
+        "a copy under another name counts as a checkpoint",
+        "test_checkpoint: copies_and_notes",
+        ("checkpoint.py", " if updates_of(path) >= 0 and path.is_dir()]", "]"),
+    ),
+    (
         "the oldest checkpoint is used",
         "test_checkpoint: newest_checkpoint_is_used",
         ("checkpoint.py", "key=updates_of, reverse=True)", "key=updates_of)"),
@@ -136,7 +141,12 @@ BROKEN_PROMISES = (
     (
         "a run folder is made step by step",
         KILL,
-        ("runs.py", 'staged = folder.with_name(f".staged-{folder.name}")', "staged = folder"),
+        ("runs.py", 'staged = folder.with_name(f".staged-{folder.name}.{uuid.uuid4().hex}")', "staged = folder"),
+    ),
+    (
+        "two processes prepare a run in the same place",
+        "test_run_folder: of_two_processes",
+        ("runs.py", ".{uuid.uuid4().hex}", ""),
     ),
     ("what is half done stays", KILL, ("runs.py", "            remove_leftovers(folder)\n", "")),
     ("logs are not cut back", KILL, ("tracking.py", "    os.truncate(path, length)\n", "")),
@@ -208,8 +218,13 @@ BROKEN_PROMISES = (
     ),
     (
         "a run ends with the reader of its output",
-        SIGNALS + "nobody_reads",
-        ("interruption.py", "except BrokenPipeError:  # what", "except ZeroDivisionError:  # what"),
+        SIGNALS + "reader_goes_away",
+        ("interruption.py", "except OSError as error:  # what", "except ZeroDivisionError as error:  # what"),
+    ),
+    (
+        "output on a full disk counts as written",
+        "test_output: not_taken_for_written",
+        ("interruption.py", "if self._must_arrive and error.errno in FULL:", "if False:"),
     ),
     # processes
     (

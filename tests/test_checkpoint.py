@@ -1,5 +1,6 @@
 """Checkpoints: everything comes back, damage of any file is seen and named, and the adapter is an ordinary one."""
 
+import hashlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from attention_guided_rl.checkpoint import (
     RunState,
+    check_fingerprints,
     checkpoint_path,
     latest_checkpoint,
     load_checkpoint,
@@ -342,6 +344,20 @@ def test_an_edited_manifest_is_noticed(run, edit):
         verify(checkpoint_path(run, 2))
 
 
+def test_a_checkpoint_of_the_first_schema_is_read(run, make_model):
+    """It had no fingerprints, so nothing is held against it; and no length of ATTRIBUTION.md."""
+    path = checkpoint_path(run, 2)
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest |= {"schema": 1}
+    del manifest["fingerprints"], manifest["manifest_sha256"]
+    manifest["manifest_sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert latest_checkpoint(run) == path
+    assert verify(path)["log_bytes"] == LOGS
+    check_fingerprints(path, verify(path)["fingerprints"], {"the base model": "0" * 64})
+    assert load_checkpoint(path, make_model("llama"), None) == STATE
+
+
 @pytest.mark.parametrize("content", [b"", b"3", b"[]", b"null", b'{"schema": 1}', b"\xff", b"[" * 50_000])
 def test_a_manifest_of_another_form_is_noticed(run, content):
     (checkpoint_path(run, 2) / "manifest.json").write_bytes(content)
@@ -394,6 +410,18 @@ def test_a_damaged_checkpoint_does_not_count_among_the_kept_and_is_not_removed(f
     remove_old_checkpoints(five, 2, None)
     assert updates_kept(five) == [2, 3, 4, 5]
     assert latest_checkpoint(five) == checkpoint_path(five, 4)
+
+
+def test_copies_and_notes_of_the_user_are_no_checkpoints_and_are_left_alone(five):
+    folder = five / "checkpoints"
+    names = ["update-000005.bak", "update-best", "update-000001 (copy)"]
+    for name in names:
+        shutil.copytree(checkpoint_path(five, 5), folder / name)
+    (folder / "update-000009").write_text("a note", encoding="utf-8")
+    remove_old_checkpoints(five, 2, None)
+    names += ["update-000004", "update-000005", "update-000009"]
+    assert {path.name for path in folder.iterdir()} == set(names)
+    assert latest_checkpoint(five) == checkpoint_path(five, 5)
 
 
 def test_how_many_updates_are_lost_is_said(five, caplog):

@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 LAYERS = [
     layer.split()
     for layer in """
-    errors interruption records randomness selection statistics secrets caching folding plain_data
+    errors records randomness selection statistics secrets caching folding plain_data
         confined screen data.wikitext data.plain_text report report.log_lines report.verdict report.audit
-    config model memory peers guard reward storage tables data.corpus data.text_files report.trajectories report.tables
-        summary verification.reading
+    config model memory peers guard reward storage interruption tables data.corpus data.text_files report.trajectories
+        report.tables summary verification.reading
     config_files distributed rl_agent environment template loading tracking network data.hygiene data.encyclopedia
         data.article_cache report.drawing report.run_files report.figures fingerprints verification.checkpoint
     branching ema data.hub_dataset data.multistream data.mediawiki_reply report.html run_settings

@@ -62,8 +62,8 @@ class Warm:
 
         `folder`: where it runs; `log`: what its output is appended to. `how`, with file operations numbered from 0:
         `kill_at`: end as by SIGKILL before this one; `full_at`: from this one on the disk is full; `signals`: pairs of
-        an operation and a signal; `steps`: file that operations are listed in; `ignored`: signals; `unread`: whether
-        nobody reads its output; `environment`: variables; `silence_s`: when a peer counts as lost.
+        an operation and a signal; `unread`: before this one the reader of its output goes away; `steps`: file that
+        operations are listed in; `ignored`: signals; `environment`: variables; `silence_s`: when a peer counts as lost.
         """
         self._tell({"arguments": list(arguments), "folder": str(folder), "log": str(log), **how})
         return int(self._read())
@@ -130,6 +130,8 @@ def _listen(job: Mapping[str, Any]) -> None:
         nonlocal number
         if steps is not None:
             steps.write(f"{time.monotonic() - start:.3f} {name}\n")
+        if number == job.get("unread"):
+            os.close(job["reader"])
         if number == job.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
         for at, signal_number in job.get("signals", []):
@@ -150,9 +152,9 @@ def _child(job: Mapping[str, Any]) -> None:
     os.chdir(job["folder"])
     for number in job.get("ignored", []):
         signal.signal(number, signal.SIG_IGN)
-    if job.get("unread"):
-        reading, descriptor = os.pipe()
-        os.close(reading)
+    reader = None
+    if "unread" in job:
+        reader, descriptor = os.pipe()
     else:
         descriptor = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
@@ -162,7 +164,7 @@ def _child(job: Mapping[str, Any]) -> None:
     from attention_guided_rl.cli import main
 
     peers.SILENCE = job.get("silence_s", peers.SILENCE)
-    _listen(job)
+    _listen({**job, "reader": reader})
     code = main(job["arguments"])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -77,6 +77,12 @@ def updates_of(path: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, newest first, whatever their state; copies under other names are left alone."""
+    found = [path for path in (run / "checkpoints").glob("update-*") if updates_of(path) >= 0 and path.is_dir()]
+    return sorted(found, key=updates_of, reverse=True)
+
+
 def save_checkpoint(
     run: Path,
     state: RunState,
@@ -136,7 +142,7 @@ def remove_old_checkpoints(run: Path, keep: int | None, spared: int | None) -> N
     if keep is None:
         return
     good = 0
-    for path in _found(run):
+    for path in checkpoints(run):
         if good < keep:
             with contextlib.suppress(CheckpointError):
                 verify(path)
@@ -152,7 +158,7 @@ def latest_checkpoint(run: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    found, problems = _found(run), []
+    found, problems = checkpoints(run), []
     for path in found:
         try:
             verify(path)
@@ -250,11 +256,6 @@ def _load_finite(path: Path) -> dict[str, Tensor]:
     if bad := first_tensor(tensors.items()):
         raise CheckpointError(f"{path}: the tensor {bad} is not finite")
     return tensors
-
-
-def _found(run: Path) -> list[Path]:
-    """Return the checkpoints of a run, newest first, whatever their state."""
-    return sorted((run / "checkpoints").glob("update-*"), key=updates_of, reverse=True)
 
 
 @contextlib.contextmanager

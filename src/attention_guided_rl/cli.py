@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from attention_guided_rl.errors import AgrlError, ConfigError, MemoryLimitError
+from attention_guided_rl.errors import AgrlError, ConfigError, MemoryLimitError, StorageError
 from attention_guided_rl.interruption import outliving_readers, stopping_at_once
 from attention_guided_rl.secrets import redact
 
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _exit_code(arguments: list[str]) -> int:
     try:
         with stopping_at_once():
-            return _dispatch(arguments)
+            code = _dispatch(arguments)
+            sys.stdout.flush()
+            return code
     except AgrlError as error:
         print(f"agrl: error: {_line(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -86,7 +88,16 @@ def _dispatch(arguments: list[str]) -> int:
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's library when it is imported
         overrides["network.offline"] = True
+    _require_working_folder()
     return int(options.run_command(options, overrides))
+
+
+def _require_working_folder() -> None:
+    """Raise StorageError if the working folder has been removed: relative paths lead nowhere, and torch aborts."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise StorageError("the working folder has been removed; change to one that exists") from None
 
 
 def _split_fields(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -203,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from attention_guided_rl import runs
+    from attention_guided_rl.checkpoint import checkpoints
     from attention_guided_rl.config_files import load_config
     from attention_guided_rl.dry_run import dry_run
     from attention_guided_rl.errors import RunInUseError
@@ -230,9 +242,9 @@ def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     try:
         result = runs.train(config, folder, resume=options.resume)
     except (AgrlError, KeyboardInterrupt) as error:
-        saved = sorted((folder / "checkpoints").glob("update-*"))
+        saved = checkpoints(folder)
         if saved and not isinstance(error, ConfigError | RunInUseError):
-            print(_line(f"agrl: saved: {saved[-1]}; to go on: {resume_command}"), file=sys.stderr)
+            print(_line(f"agrl: saved: {saved[0]}; to go on: {resume_command}"), file=sys.stderr)
         raise
     if result.trained.interrupted_by is not None:
         print(_line(f"agrl: interrupted after update {result.trained.state.update}; saved; to go on: {resume_command}"))

@@ -30,7 +30,10 @@ class Processes:
     def __init__(self, device: str = "auto") -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("training.device: cuda asked for, but PyTorch sees no GPU")
-        self._state = PartialState(cpu=True) if device == "cpu" or not torch.cuda.is_available() else PartialState()
+        try:
+            self._state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        except ValueError as error:  # what torchrun sets and a person may have set half of
+            raise ConfigError(f"the environment's RANK, WORLD_SIZE, MASTER_ADDR …: {error}") from None
         self.device: torch.device = self._state.device
         self._meetings = 0
         self._peers: Peers | None = None

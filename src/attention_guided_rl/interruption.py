@@ -1,6 +1,7 @@
 """Interruption: signals that ask a command to end, and a reader of its output that goes away."""
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from attention_guided_rl.errors import StorageError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -62,8 +66,12 @@ def _handling(handle: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def outliving_readers() -> Iterator[None]:
-    """Go on when nobody reads the output any more: from then on it goes nowhere."""
-    out, err = _Lasting(sys.stdout), _Lasting(sys.stderr)
+    """Go on when nobody reads the output any more, or ever did: it goes nowhere then.
+
+    Raises:
+        StorageError: from what writes or flushes the output, whose disk is full.
+    """
+    out, err = _Lasting(sys.stdout, must_arrive=True), _Lasting(sys.stderr, must_arrive=False)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             yield
@@ -73,14 +81,19 @@ def outliving_readers() -> Iterator[None]:
 
 
 class _Lasting(io.TextIOBase):
-    """A text stream whose writes succeed even when its reader has gone."""
+    """A text stream whose writes succeed even when its reader has gone; what it has no sign for becomes '?'."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, stream: Any, *, must_arrive: bool) -> None:
+        # None: closed before Python began
+        self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+        self._must_arrive = must_arrive
 
     def write(self, text: str) -> int:
         with self._lasting():
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                self._stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
         return len(text)
 
     def flush(self) -> None:
@@ -101,7 +114,9 @@ class _Lasting(io.TextIOBase):
     def _lasting(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:  # what is still buffered must have somewhere to go
+        except OSError as error:  # what is still buffered must have somewhere to go
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
+            if self._must_arrive and error.errno in FULL:
+                raise StorageError(f"cannot write the output: {error.strerror}") from None

@@ -58,9 +58,12 @@ class Peers:
             return
 
     def _watch(self) -> None:
-        count = 0
+        count, looked = 0, time.monotonic()
         while not self._over.wait(INTERVAL):
             count += 1
+            if time.monotonic() - looked > SILENCE / 2:  # this process was stopped, as by Ctrl-Z, maybe all were
+                self._heard = dict.fromkeys(self._others, time.monotonic())
+            looked = time.monotonic()
             try:
                 self._store.set(self._key(self.rank), str(count))
                 self._look()

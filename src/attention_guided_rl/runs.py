@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from attention_guided_rl.checkpoint import check_fingerprints, latest_checkpoint, load_checkpoint, updates_of, verify
+from attention_guided_rl.checkpoint import (
+    check_fingerprints,
+    checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    updates_of,
+    verify,
+)
 from attention_guided_rl.compare import read_evaluation, summarise_seeds
 from attention_guided_rl.config import Config
 from attention_guided_rl.config_files import config_to_dict, config_to_yaml
@@ -251,20 +259,25 @@ def _prepare(session: Session, console: Console) -> None:
 
 
 def _create(folder: Path, session: Session) -> None:
-    """Make the run folder: with all that a resume needs, or not at all."""
-    staged = folder.with_name(f".staged-{folder.name}")
+    """Make the run folder: with all that a resume needs, or not at all. Of several processes one makes it."""
+    staged = folder.with_name(f".staged-{folder.name}.{uuid.uuid4().hex}")
     environment = {**environment_record(), "account": session.network.account}
     try:
-        remove_folder(staged)
-        write_text(staged / "config.yaml", config_to_yaml(session.config))
-        write_text(staged / "environment.json", json.dumps(environment, indent=1) + "\n")
-        write_text(staged / "prompt.txt", session.template.prompt_text)
-        io_step(f"rename {folder.name}")
-        os.rename(staged, folder)
+        try:
+            write_text(staged / "config.yaml", config_to_yaml(session.config))
+            write_text(staged / "environment.json", json.dumps(environment, indent=1) + "\n")
+            write_text(staged / "prompt.txt", session.template.prompt_text)
+            io_step(f"rename {folder.name}")
+            os.rename(staged, folder)
+        except (OSError, StorageError) as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            if folder.exists():
+                raise RunInUseError(f"{folder} exists: another process has just made it") from error
+            raise
         sync(folder.parent)
+        for left in folder.parent.glob(f".staged-{folder.name}.{'[0-9a-f]' * 32}"):  # by processes that were killed
+            remove_folder(left)
     except OSError as error:
-        if folder.exists():
-            raise RunInUseError(f"{folder} exists: another process has just made it") from error
         raise StorageError(f"{folder}: cannot create the run folder: {error.strerror}") from error
 
 
@@ -281,7 +294,7 @@ def _check_resume(folder: Path, config: Config) -> bool:
 
     A run that was killed before its first checkpoint has done nothing yet and begins at the beginning.
     """
-    if any((folder / "checkpoints").glob("update-*")):
+    if checkpoints(folder):
         then = latest_checkpoint(folder)
         done = updates_of(then)
         if done > config.training.updates:
@@ -306,7 +319,10 @@ def _check_resume(folder: Path, config: Config) -> bool:
 def _lock(folder: Path) -> Iterator[None]:
     run_config(folder)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
+        held = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout:
         raise RunInUseError(f"{folder}: another process is working in this run folder") from None
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot write in the run folder: {error.strerror}") from None
+    with held:
+        yield

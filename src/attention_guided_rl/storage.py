@@ -4,6 +4,7 @@ Every step that a killed process could leave half done is announced to `io_step`
 the tests, which kill the process, fill the disk or send a signal at each of them.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -34,6 +35,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file as `write_text` does."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and not path.is_file():  # a device or pipe, which would be a file afterwards
+            raise FileExistsError(errno.EEXIST, "not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             io_step(f"write {path.name}")
@@ -110,7 +113,8 @@ def run_config(folder: Path) -> Path:
 
     Raises:
         ConfigError: this is no run folder.
-        UnsafeError: a link in it leads elsewhere, so that what is written to the run would end there.
+        UnsafeError: a link in it leads elsewhere, so that what is written to the run would end there; or a pipe or
+            device is in it, which may have no end.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -119,6 +123,8 @@ def run_config(folder: Path) -> Path:
     for place, folders, files in os.walk(inside):
         for name in (*folders, *files):
             entry = Path(place, name)
+            if not entry.is_file() and not entry.is_dir() and entry.exists():
+                raise UnsafeError(f"{entry}: neither a file nor a folder, such as a pipe; refused (remove it)")
             if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(inside):
                 raise UnsafeError(f"{entry}: a link that leads out of the run folder; refused (move the folder whole)")
     return path

@@ -160,6 +160,10 @@ def _cut_back(path: Path, length: int | None) -> None:
     """
     if not isinstance(length, int) or length < 0 or not path.is_file() or path.stat().st_size < length:
         raise CheckpointError(f"{path}: shorter than when the checkpoint was written; it was changed")
+    with path.open("rb") as file:
+        file.seek(max(0, length - 1))
+        if length and file.read(1) != b"\n":
+            raise CheckpointError(f"{path}: no line ends where one did when the checkpoint was written; it was changed")
     io_step(f"cut back {path.name}")
     os.truncate(path, length)
 

@@ -9,6 +9,7 @@ import time
 import pytest
 from trials import TORTURE, metrics_of
 
+from attention_guided_rl import peers
 from attention_guided_rl.peers import SILENCE
 
 LOST = 11
@@ -43,3 +44,37 @@ def test_the_loss_of_a_process_ends_the_other_and_is_named(long, fate, victim):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         long.wait(children[victim])
+
+
+class Store(dict):
+    """A store of two processes; what the other one writes is up to the test."""
+
+    set = dict.__setitem__
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+    def get(self, key: str) -> bytes:
+        return self[key]
+
+
+def test_processes_that_were_all_stopped_and_go_on_do_not_take_each_other_for_lost(monkeypatch):
+    """As by Ctrl-Z and fg: no sign of life has come, but nobody was there to see it either."""
+    now, lost, looks = [0.0], [], []
+    monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(peers, "_end", lambda rank, why: lost.append((rank, now[0])))
+    monkeypatch.setattr(peers.threading.Thread, "start", lambda thread: None)
+    watching = peers.Peers(Store({"agrl/alive/1": b"7"}), 0, 2)
+
+    def wait(seconds: float) -> bool:
+        looks.append(now[0])
+        now[0] += 10 * peers.SILENCE if len(looks) == 3 else seconds
+        return len(looks) > 10 or bool(lost)
+
+    monkeypatch.setattr(watching._over, "wait", wait)
+    watching._watch()
+    assert lost == []
+    looks.clear()
+    monkeypatch.setattr(watching._over, "wait", lambda seconds: now.__setitem__(0, now[0] + seconds) or bool(lost))
+    watching._watch()
+    assert len(lost) == 1, "one that is silent while we are there is lost all the same"

@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from trials import TORTURE, metrics_of
+from trials import TORTURE, differing_files, metrics_of
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 
@@ -57,7 +57,8 @@ def test_hanging_up_does_not_end_what_was_started_to_outlive_the_terminal(trials
     trials.finish(run)
 
 
-def test_a_run_whose_output_nobody_reads_any_more_is_finished(trials):
-    run = trials.new()
-    assert trials.train(run, unread=True) == 0
-    trials.finish(run)
+def test_a_run_whose_reader_goes_away_at_any_moment_is_finished(trials):
+    for moment in moments(trials.steps) if TORTURE else (0, 60):
+        run = trials.new()
+        assert trials.train(run, unread=moment) == 0
+        assert differing_files(run, trials.whole) == [], moment
