@@ -145,7 +145,7 @@ BROKEN_PROMISES = (
     ),
     (
         "two processes prepare a run in the same place",
-        "test_run_folder: of_two_processes",
+        "test_run_folder: takes_nothing_from_one",
         ("runs.py", ".{uuid.uuid4().hex}", ""),
     ),
     ("what is half done stays", KILL, ("runs.py", "            remove_leftovers(folder)\n", "")),

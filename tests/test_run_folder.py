@@ -48,6 +48,25 @@ def test_of_two_processes_that_make_the_same_run_folder_one_does_and_it_is_whole
     assert [path.name for path in run.parent.iterdir()] == ["run"]
 
 
+def test_a_process_that_cannot_make_a_run_folder_takes_nothing_from_one_that_is_making_it(
+    session, tmp_path, before, monkeypatch
+):
+    run = tmp_path / "run"
+
+    def full(name: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def another_fails() -> None:
+        monkeypatch.setattr(storage, "listener", full)
+        with pytest.raises(StorageError):
+            runs._create(run, session)
+        monkeypatch.setattr(storage, "listener", None)
+
+    before("write prompt.txt", another_fails)
+    runs._create(run, session)
+    assert {path.name for path in run.iterdir()} == FILES
+
+
 def test_what_a_killed_process_left_of_a_run_folder_is_removed_by_the_next(session, tmp_path):
     (tmp_path / f".staged-run.{'0a' * 16}").mkdir()
     (tmp_path / f".staged-run.b.{'0a' * 16}").mkdir()
