@@ -105,7 +105,8 @@ def outputs(step: Step) -> Outputs:
 def check(name: str, ours: Outputs, theirs: Outputs) -> None:
     """Raise OutputsDifferError unless a variant made our picks and earned our rewards (to TOLERANCE).
 
-    One row of eight or more may differ, two of 64: a draw fell on a border that rounding moves (3e-8 away, where it was looked into).
+    One row of eight or more may differ, two of 64: a draw can fall on a border that rounding moves (one that was looked
+    into was 3e-8 away).
     """
     rows = len(ours[0])
     same = (ours[0].cpu() == theirs[0].cpu()).view(rows, -1).all(1)
