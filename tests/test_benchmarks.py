@@ -121,9 +121,9 @@ def test_a_fitted_exponent():
 def test_a_comparator_that_does_other_work_is_refused():
     ours = torch.tensor([[0, 1]]), torch.tensor([[1.0, 2.0]])
     check("same", ours, (torch.tensor([[0, 1]]), torch.tensor([[1.0, 2.0005]])))
-    with pytest.raises(OutputsDifferError, match=r"rewards differ by 0\.1"):
+    with pytest.raises(OutputsDifferError, match=r"1 rows of 1 differ, 0 in their picks; rewards by 0\.1"):
         check("other", ours, (torch.tensor([[0, 1]]), torch.tensor([[1.0, 2.1]])))
-    with pytest.raises(OutputsDifferError, match="picks of 1 rows of 1 differ"):
+    with pytest.raises(OutputsDifferError, match="1 rows of 1 differ, 1 in their picks"):
         check("other", ours, (torch.tensor([[1, 0]]), torch.tensor([[1.0, 2.0]])))
 
 
