@@ -4,16 +4,18 @@
 
 N (with S held), S (with N held), B, V and the corpus are doubled three times on a small model. An exponent of 1 is "in
 proportion", 2 "quadratic"; below 1 a fixed part is still large. T grows with S: seconds a token of a row are fitted
-against T, where 0 is "in proportion". Memory is the peak above that of the libraries. The corpus is a file of articles:
-seconds to open it and to draw a pool.
+against T, where 0 is "in proportion". Memory is the peak above that of the libraries, each size in a process of its own.
+The corpus is a file of articles: seconds to open it and to draw a pool.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 import statistics
 import tempfile
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +42,42 @@ def exponent(sizes: list[float], values: list[float]) -> float:
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
 
-def grow(report: Report, label: str, points: list[tuple[int, Sizes, dict[str, Any]]], model: str, repeats: int) -> None:
-    """Measure a step at every point, and fit."""
-    rows, seconds, memory, lengths = [], [], [], []
+def measure(model: str, sizes: Sizes, overrides: dict[str, Any], repeats: int) -> tuple[list[float], float, int]:
+    """Return the seconds of steps, the most bytes in use above those of the libraries, and T."""
+    warnings.simplefilter("ignore")  # what libraries deprecate
     reset_peak(CPU)
     before = peak_bytes(CPU) or 0
+    with tempfile.TemporaryDirectory() as folder:
+        case = random_case(model, sizes, Path(folder), overrides=overrides)
+        warm_up(case)
+        steps = [our_step(case, next_pool(case), case.uniforms(repeat)) for repeat in range(repeats)]
+    peak = statistics.median(max(step.peak.values()) for step in steps)
+    return [step.seconds for step in steps], max(1.0, peak - before), case.task.row_len
+
+
+def measure_apart(*what: Any) -> tuple[list[float], float, int]:
+    """Measure in a process of its own: what an allocator keeps from one size would hide the memory of the next."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, *what).result()
+
+
+def grow(
+    report: Report,
+    label: str,
+    points: list[tuple[int, Sizes, dict[str, Any]]],
+    model: str,
+    repeats: int,
+    *,
+    apart: bool,
+) -> None:
+    """Measure a step at every point, and fit."""
+    rows, seconds, memory, lengths = [], [], [], []
     for size, sizes, overrides in points:
-        with tempfile.TemporaryDirectory() as folder:
-            case = random_case(model, sizes, Path(folder), overrides=overrides)
-            warm_up(case)
-            taken = [our_step(case, next_pool(case), case.uniforms(repeat)) for repeat in range(repeats)]
-        took, peaks = [step.seconds for step in taken], [max(step.peak.values()) for step in taken]
+        took, used, length = (measure_apart if apart else measure)(model, sizes, overrides, repeats)
         seconds.append(min(took))
-        memory.append(max(1.0, statistics.median(peaks) - before))
-        lengths.append(case.task.row_len)
-        rows.append([f"{label} = {size}", str(case.task.row_len), spread(took), mib(memory[-1])])
+        memory.append(used)
+        lengths.append(length)
+        rows.append([f"{label} = {size}", str(length), spread(took), mib(used)])
     values = [float(size) for size, _, _ in points]
     fitted = {f"seconds ∝ {label}": exponent(values, seconds), f"memory ∝ {label}": exponent(values, memory)}
     if label == "S":
@@ -131,7 +154,7 @@ def main(arguments: list[str] | None = None) -> Report:
         if label == "corpus":
             grow_corpus(report, [10, 20] if options.toy else [500, 1_000, 2_000, 4_000], options.repeats)
         else:
-            grow(report, label, points[label], model, options.repeats)
+            grow(report, label, points[label], model, options.repeats, apart=not options.toy)
     report.write(options.out)
     return report
 
