@@ -4,7 +4,7 @@
 
 N (with S held), S (with N held), B, V and the corpus are doubled three times on a small model. An exponent of 1 is "in
 proportion", 2 "quadratic"; below 1 a fixed part is still large. T grows with S: seconds a token of a row are fitted
-against T, where 0 is "in proportion". Memory is the peak above that of the libraries, each size in a process of its own.
+against T, where 0 is "in proportion". Memory is the peak above that of the libraries, each in a process of its own.
 The corpus is a file of articles: seconds to open it and to draw a pool.
 """
 
