@@ -69,7 +69,7 @@ OTHER_RUNS = {
 @pytest.mark.parametrize("settings", OTHER_RUNS.values(), ids=OTHER_RUNS)
 def test_other_real_runs_verify(make_config, tmp_path, settings):
     runs.train(make_config({"training.updates": 2, **settings}), tmp_path / "run")
-    list(verify_run(tmp_path / "run"))
+    assert list(verify_run(tmp_path / "run")), "nothing was looked at"
 
 
 def test_another_evaluation_verifies_as_what_it_was_asked_to_be(run):
