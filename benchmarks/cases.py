@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from flops import Shape, Trajectories
+from peft.tuners.lora import Linear
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from attention_guided_rl.adapter import InPlaceLinear
 from attention_guided_rl.config_files import load_config
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.randomness import Purpose
@@ -121,6 +123,19 @@ def shortened(case: Case, num_steps: int) -> Iterator[Case]:
         yield replace(case, task=replace(case.task, num_steps=session.num_steps))
     finally:
         session.num_steps = full
+
+
+@contextlib.contextmanager
+def pefts_layers(session: Session) -> Iterator[None]:
+    """Compute with PEFT's own layers in place of the package's, as a comparator would."""
+    layers = [m for m in session.model.peft_model.modules() if isinstance(m, InPlaceLinear)]
+    for layer in layers:
+        layer.__class__ = Linear
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = InPlaceLinear
 
 
 def save_random_llama(shape: dict[str, Any], sizes: Sizes, folder: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import trl_rows
-from cases import Case
+from cases import Case, pefts_layers
 from flops import naive_flops, our_flops, trl_flops
 from machine import timed
 from measure import COMPARED, add_numbers, compared_row, micro_batch
@@ -149,7 +149,8 @@ def _naive(case: Case, plan: Plan, pool: PairPool, uniforms: torch.Tensor, size:
         return summed(list(sampled_naive(case, pool, uniforms, size, ours).values()), case.task.num_steps)
     results = []
     device = case.session.model.device
-    seconds = timed(lambda: results.append(naive_update(case.session, pool, uniforms, size)), device)
+    with pefts_layers(case.session):
+        seconds = timed(lambda: results.append(naive_update(case.session, pool, uniforms, size)), device)
     for parameter in case.session.model.named_trainable().values():
         parameter.grad = None
     check(name, outputs(ours), (results[0].picks, results[0].rewards))

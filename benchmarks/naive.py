@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import Case
+from cases import Case, pefts_layers
 from machine import timed
 from torch import Tensor
 from transformers import DynamicCache
@@ -133,7 +133,8 @@ def time_step(
             step_gradient(session, reading, torch.ones_like(reading.reward), finished.picks.numel())
             readings.append(reading)
 
-    seconds = timed(work, session.model.device)
+    with pefts_layers(session):
+        seconds = timed(work, session.model.device)
     for parameter in session.model.named_trainable().values():
         parameter.grad = None
     return seconds, torch.cat([r.pick for r in readings]), torch.cat([r.reward for r in readings])

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case, shortened
+from cases import Case, pefts_layers, shortened
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PrinterCallback, TrainerCallback
 
@@ -91,7 +91,7 @@ class TrlTrainer:
     def step(self, pool: PairPool, uniforms: Tensor) -> float:
         """Take a step; return its seconds. `picks` and `rewards` are then those of the step, (B, S)."""
         self._pool, self._uniforms = pool, uniforms
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), pefts_layers(self.case.session):
             warnings.simplefilter("ignore")
             self.trainer.train()
         self.case.session.model.peft_model.eval()

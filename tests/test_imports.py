@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 LAYERS = [
     layer.split()
     for layer in """
-    errors records randomness selection statistics secrets caching folding plain_data
+    errors records randomness selection statistics secrets caching adapter plain_data
         confined screen data.wikitext data.plain_text report report.log_lines report.verdict report.audit
     config model memory peers guard reward storage interruption tables data.corpus data.text_files report.trajectories
         report.tables summary verification.reading
@@ -46,7 +46,7 @@ LAYER = {module: number for number, layer in enumerate(LAYERS) for module in lay
 
 ONLY_IN = {
     "transformers": {"model", "loading", "caching", "rollouts", "scorer", "branching", "oracle"},
-    "peft": {"model", "loading", "folding"},
+    "peft": {"model", "loading", "adapter"},
     "huggingface_hub": {"loading", "data.hub_dataset"},
     "accelerate": {"distributed"},
     "torch.distributed": {"distributed"},

@@ -1,6 +1,7 @@
 """Memory that runs out, faked as PyTorch says it: fewer rows at a time and the same result, or one line and exit 10."""
 
 import json
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from attention_guided_rl import cli, runs, trainer
 from attention_guided_rl.checkpoint import RunState, latest_checkpoint
 from attention_guided_rl.distributed import Processes
 from attention_guided_rl.errors import MemoryLimitError
-from attention_guided_rl.memory import RowLimit, out_of_memory, ran_out
+from attention_guided_rl.memory import RowLimit, keep_freed_memory, out_of_memory, ran_out
 from attention_guided_rl.oracle import oracle_rows
 from attention_guided_rl.pickers import replay, simple_pickers
 from attention_guided_rl.randomness import Purpose
@@ -170,6 +171,20 @@ def test_running_out_later_is_the_smaller_micro_batch_from_that_update_on(make_c
         assert [m["memory/rollout_rows"] for m in metrics] == [None, 1, 1]
     else:
         assert [m["memory/micro_batch_rows"] for m in metrics] == [4, 2, 2]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to keep memory")
+def test_what_is_freed_is_used_again_without_asking_the_system():
+    import resource
+
+    def page_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(2**24).fill_(1.0)  # 64 MiB: 16,384 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory()
+    page_faults()  # the first time it must be asked for
+    assert page_faults() < 1_000
 
 
 def test_an_interrupted_update_begins_with_its_scoring(make_session):

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from attention_guided_rl import model as model_module
+from attention_guided_rl.adapter import InPlaceLinear
+from attention_guided_rl.config import ModelConfig
+from attention_guided_rl.loading import prepare
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import UpdateBatch
 
@@ -47,6 +50,35 @@ def test_folding_the_adapter_changes_rounding_alone_and_nothing_afterwards(make_
     assert (apart - reference).abs().max() > 1e-2
     assert all(torch.equal(p, weights[name]) for name, p in model.named_frozen().items())
     assert all(p.requires_grad for p in model.named_trainable().values())
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04)])
+def test_the_adapter_in_place_is_pefts_own_up_to_rounding(
+    causal_lm, word_tokenizer, shaken, monkeypatch, shape, dtype, rounding
+):
+    model = shaken(prepare(causal_lm(shape).to(dtype), word_tokenizer(), ModelConfig(name=shape)))
+
+    def states_and_gradient():
+        ids = torch.arange(4, 24).view(2, 10)
+        states = model.hidden(ids, torch.zeros_like(ids), torch.arange(1, 10)).float()
+        weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+        gradient = torch.autograd.grad((weights * states).sum(), list(model.named_trainable().values()))
+        assert all(part.dtype == torch.float32 for part in gradient)
+        return states.detach(), torch.cat([part.flatten() for part in gradient])
+
+    states, gradient = states_and_gradient()
+    monkeypatch.delattr(InPlaceLinear, "forward")
+    expected, expected_gradient = states_and_gradient()
+    assert (states - expected).norm() <= rounding * expected.norm()
+    assert (gradient - expected_gradient).norm() <= 2 * rounding * expected_gradient.norm()
+
+
+def test_an_adapter_that_says_nothing_changes_no_bit(make_model):
+    model = make_model("llama")
+    policy = states_of(model)
+    with model.reference():
+        assert torch.equal(policy, states_of(model))
 
 
 @pytest.mark.parametrize("options", [{}, {"model.adapter": "full", "objective.kl.estimator": "k3"}])

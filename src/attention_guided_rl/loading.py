@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from attention_guided_rl.adapter import in_place
 from attention_guided_rl.config import ModelConfig
 from attention_guided_rl.errors import CheckpointError, ConfigError, CredentialsError, RemoteError, UnsafeError
 from attention_guided_rl.guard import first_tensor
@@ -80,7 +81,7 @@ def prepare(causal_lm: Any, tokenizer: Any, config: ModelConfig, *, seed: int = 
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            peft_model = get_peft_model(causal_lm, lora)
+            peft_model = get_peft_model(causal_lm, in_place(lora))
         peft_model.eval()
         model = LanguageModel(causal_lm, tokenizer, name=config.name, peft_model=peft_model)
     _check_head(model, causal_lm)

@@ -5,6 +5,7 @@ and the work done again from its start; so the result is that of a run with the 
 """
 
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -22,7 +23,19 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _CPU_TOKENS = 2**11
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _PROCESS = Path("/proc/self")  # Linux: a peak that can be set back
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for what is asked for next; without glibc nothing happens.
+
+    Left alone, it hands large tensors back to the system and asks for them anew, and the system clears every page.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        library = ctypes.CDLL(None)
+        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            library.mallopt(option, 2**31 - 1)
 
 
 def reset_peak(device: torch.device) -> None:

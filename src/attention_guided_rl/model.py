@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
+from attention_guided_rl.adapter import Fold
 from attention_guided_rl.caching import buffered_cache
-from attention_guided_rl.folding import Fold
 from attention_guided_rl.records import PADDING, has_padding, position_ids
 
 HEAD_CHUNK = 2**24
