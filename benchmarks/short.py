@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> Report:
     wanted = ["toy"] if options.toy else options.only
     plans = {
         "demo": Plan(options.repeats, naive_batches=(2, None)),
-        "30 M": Plan(min(2, options.repeats), naive_batches=(None,), naive_in_full=False, trl=True, trl_tries=2),
+        "30 M": Plan(min(2, options.repeats), naive_batches=(None,), naive_in_full=False, trl=True),
         "100 M": Plan(min(2, options.repeats)),
         "toy": Plan(options.repeats, naive_batches=(2, None), trl=True, trl_tries=1),
     }

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case, pefts_layers, shortened
+from cases import Case, pefts_layers
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PrinterCallback, TrainerCallback
 
@@ -112,26 +112,23 @@ class TrlTrainer:
 
     @torch.no_grad()
     def _plain(self) -> dict[str, Any]:
-        parts = [self._generate_rows(index) for index in torch.arange(self.case.task.rows).split(self.batch_rows)]
-        ids, picks, written, logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
+        ids, picks, written, logprobs = self._generate_rows()
         self._score = lambda: torch.cat(
             [self._frozen_pass(ids[i], picks[i], i) for i in torch.arange(len(ids)).split(self.batch_rows)]
         )
         return self._answer(ids, picks, written, logprobs)
 
-    def _generate_rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Write rows with `generate`; return ids, picks, which tokens it wrote, their log-probabilities."""
+    def _generate_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Write all rows with `generate`; return ids, picks, which tokens it wrote, their log-probabilities."""
         session, task, template = self.case.session, self.case.task, self.case.session.template
         model, device = session.model.peft_model, session.model.device
-        group = task.rows // task.articles
-        pool = self._pool.take(torch.arange(task.articles).repeat_interleave(group)[index])
-        env = session.environment(pool, 1)
-        uniforms = self._uniforms[index].to(device, torch.float32)
+        env = session.environment(self._pool, task.rows // task.articles)
+        uniforms = self._uniforms.to(device, torch.float32)
         cache = DynamicCache(config=session.model.config)
         logprobs, picks = [], []
-        ids = self._constant(template.prompt, len(index))
+        ids = self._constant(template.prompt, task.rows)
         for t in range(task.num_steps):
-            ids = torch.cat([ids, self._constant(template.before_query, len(index))], 1)
+            ids = torch.cat([ids, self._constant(template.before_query, task.rows)], 1)
             sampler = _InverseCdf(session, uniforms[:, t, :-1])
             out = model.generate(
                 input_ids=ids,
@@ -145,7 +142,7 @@ class TrlTrainer:
             )
             cache, query = out.past_key_values, out.sequences[:, -task.query_len :]
             reading = env.step(query, torch.ones_like(query, dtype=torch.bool), uniforms[:, t, -1])
-            before_value = self._constant(template.before_value, len(index))
+            before_value = self._constant(template.before_value, task.rows)
             ids = torch.cat([out.sequences, before_value, reading.value_ids], 1)
             logprobs.append(torch.stack(sampler.logprobs, 1))
             picks.append(reading.picks)
@@ -197,12 +194,11 @@ class TrlTrainer:
 
 
 def best_trainer(case: Case, pool: PairPool, folder: Path, *, rollout: str, tries: int) -> TrlTrainer:
-    """Return a trainer with the fastest of the batches of all rows, half of them, a quarter …, tried on two steps."""
+    """Return a trainer with the fastest of the batches of all rows, half of them, a quarter …, tried at full length."""
     sizes = [case.task.rows >> i for i in range(tries) if case.task.rows % (1 << i) == 0 and case.task.rows >> i]
     seconds = {}
-    with shortened(case, 2) as short:
-        for size in sizes if len(sizes) > 1 else []:
-            seconds[size] = TrlTrainer(short, size, folder, rollout=rollout).step(pool, short.uniforms(0))
+    for size in sizes if len(sizes) > 1 else []:
+        seconds[size] = TrlTrainer(case, size, folder, rollout=rollout).step(pool, case.uniforms(0))
     return TrlTrainer(case, min(sizes, key=lambda size: seconds.get(size, 0.0)), folder, rollout=rollout)
 
 

@@ -68,12 +68,12 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def folded(self) -> Iterator[None]:
-        """Compute, without training, with the adapter folded into the weights; inside `reference` nothing changes.
+        """Compute, without training, with the weights of a Fold; inside `reference` nothing changes.
 
-        In float32 only, for 16-bit weights would round a small adapter away; and not with dropout, which it would hide.
+        Not with dropout, which it would hide.
         """
         dropout = any(layer.training for layer in self._dropout_layers())
-        if self.peft_model is None or self._is_reference or self._dtype != torch.float32 or dropout:
+        if self.peft_model is None or self._is_reference or dropout:
             yield
             return
         with self._using(self._fold or Fold(self.peft_model)):
