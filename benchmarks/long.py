@@ -17,7 +17,7 @@ import torch
 from cases import Case, Sizes, random_case
 from compare import sampled_naive
 from flops import naive_flops, our_flops
-from machine import default_limits, describe, measure_limits
+from machine import default_limits, describe, measure_limits, release_memory
 from measure import COMPARED, add_numbers, compared_row, limits_row, memory_table, micro_batch, phase_table, size_of
 from naive import best_batch, summed
 from ours import Step, next_pool, our_step, warm_up
@@ -84,6 +84,7 @@ def main(arguments: list[str] | None = None) -> Report:
     options = parser.parse_args(arguments)
     report = Report("long", describe(CPU))
     for num_pairs in [5] if options.toy else options.only:
+        release_memory()
         reset_peak(CPU)
         before = peak_bytes(CPU) or 0
         name = "toy" if options.toy else MODELS[num_pairs]

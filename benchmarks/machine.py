@@ -1,5 +1,8 @@
 """What the machine can do: the rate of a matrix product and of a copy, measured in the same run as everything else."""
 
+import contextlib
+import ctypes
+import gc
 import os
 import platform
 import statistics
@@ -26,6 +29,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def release_memory() -> None:
+    """Have the C library hand back what it keeps, so that it does not count as the memory of what comes next."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # without glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def timed(work: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that something takes, until the device is idle again."""
     synchronise(device)
@@ -37,6 +47,12 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 def measure_limits(device: torch.device, dtype: torch.dtype, *, sizes: tuple[int, ...], copy_bytes: int) -> Limits:
     """Measure square products of several sizes (the best median counts) and a copy that no cache holds."""
+    limits = _measure_limits(device, dtype, sizes, copy_bytes)
+    release_memory()
+    return limits
+
+
+def _measure_limits(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], copy_bytes: int) -> Limits:
     rates: dict[int, float] = {}
     for size in sizes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from cases import Case, Sizes, demo_case, random_case
 from compare import Plan, compare
-from machine import default_limits, describe, measure_limits
+from machine import default_limits, describe, measure_limits, release_memory
 from measure import add_numbers, limits_row, memory_table, phase_table, size_of
 from ours import next_pool, our_step, warm_up
 from start import add_start
@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> Report:
         add_start(report, options.repeats)
     sizes = Sizes(num_pairs=3, trajectories=2, query_len=2, key_len=3, value_len=4) if options.toy else Sizes()
     for name in wanted:
+        release_memory()
         reset_peak(CPU)
         before = peak_bytes(CPU) or 0
         with tempfile.TemporaryDirectory() as folder:

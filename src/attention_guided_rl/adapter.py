@@ -4,7 +4,7 @@ In: a model and PEFT's description of its adapter. Out: PEFT's functions up to r
 what is saved is PEFT's own.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -16,8 +16,8 @@ from torch.nn import functional
 class InPlaceLinear(Linear):
     """A linear layer whose adapter is added to its output in place.
 
-    PEFT's own scales the adapter's output and adds it, by tensors as wide as the layer, and in float32 where the weights
-    have 16 bits; here what is scaled is as narrow as the rank, and the product itself adds, in the weights' precision.
+    PEFT's own scales the adapter's output and adds it, by tensors as wide as the layer, in float32 even where the
+    weights have 16 bits. Here what is scaled is as narrow as the rank, and the product adds, in the weights' precision.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -26,9 +26,10 @@ class InPlaceLinear(Linear):
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
         flat = x.flatten(0, -2)
-        down, up = (part[name].weight.to(x.dtype) for part in (self.lora_A, self.lora_B))
+        down, up = (cast(Tensor, part[name].weight).to(x.dtype) for part in (self.lora_A, self.lora_B))
         narrow = functional.linear(self.lora_dropout[name](flat), down) * self.scaling[name]
-        return self.base_layer(flat).addmm_(narrow, up.t()).unflatten(0, x.shape[:-1])
+        output: Tensor = self.base_layer(flat)
+        return output.addmm_(narrow, up.t()).unflatten(0, x.shape[:-1])
 
 
 def in_place(config: LoraConfig) -> LoraConfig:

@@ -30,7 +30,8 @@ _PROCESS = Path("/proc/self")  # Linux: a peak that can be set back
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed for what is asked for next; without glibc nothing happens.
 
-    Left alone, it hands large tensors back to the system and asks for them anew, and the system clears every page.
+    Left alone, it hands large tensors back to the system and asks for them anew, and the system clears every page. The
+    price is memory: up to a few tensors of a size are kept where one was in use.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         library = ctypes.CDLL(None)
