@@ -48,6 +48,19 @@ def mistake(name: str, tests: str, *edits: tuple[str, str, str]) -> Mutation:
 
 
 MUTATIONS = (
+    # the adapter
+    mistake(
+        "adapter not scaled", "test_model: in_place",
+        ("adapter.py", "(flat), down) * self.scaling[name]", "(flat), down)"),
+    ),
+    mistake(
+        "adapter's dropout left out", "test_model: drops",
+        ("adapter.py", "self.lora_dropout[name](flat)", "flat"),
+    ),
+    mistake(
+        "adapter lost in 16 bits", "test_model: folding",
+        ("adapter.py", "self._merges = all(weight.dtype == torch.float32 for weight in weights)", "self._merges = True"),
+    ),
     # mistakes that earlier attempts at the method made, or nearly
     mistake(
         "shift off by one", "law_01",

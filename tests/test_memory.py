@@ -1,9 +1,6 @@
 """Memory that runs out, faked as PyTorch says it: fewer rows at a time and the same result, or one line and exit 10."""
 
 import json
-import platform
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -173,28 +170,6 @@ def test_running_out_later_is_the_smaller_micro_batch_from_that_update_on(make_c
         assert [m["memory/rollout_rows"] for m in metrics] == [None, 1, 1]
     else:
         assert [m["memory/micro_batch_rows"] for m in metrics] == [4, 2, 2]
-
-
-FREED_OFTEN = """
-import resource, torch
-from attention_guided_rl.memory import keep_freed_memory
-
-def page_faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(2**24).fill_(1.0)  # 64 MiB: 16,384 pages
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-keep_freed_memory()
-print(*(page_faults() for _ in range(20)))
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to keep memory")
-def test_what_is_freed_is_used_again_without_asking_the_system():
-    done = subprocess.run([sys.executable, "-c", FREED_OFTEN], capture_output=True, text=True, check=True)
-    faults = [int(number) for number in done.stdout.split()]
-    assert faults[0] > 16_000
-    assert max(faults[10:]) < 1_000, faults  # it takes a few until freed pieces fit what is asked for
 
 
 def test_an_interrupted_update_begins_with_its_scoring(make_session):

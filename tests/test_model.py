@@ -86,6 +86,20 @@ def test_the_adapter_in_place_is_pefts_own_up_to_rounding(
     assert (gradient - expected_gradient).norm() <= 2 * rounding * expected_gradient.norm()
 
 
+def test_the_adapter_in_place_drops_what_pefts_own_drops(make_model, shaken, monkeypatch):
+    model = shaken(make_model("llama", lora_dropout=0.5))
+
+    def dropped():
+        torch.manual_seed(3)
+        with model.adapter_dropout():
+            return states_of(model)
+
+    states = dropped()
+    assert (states - states_of(model)).abs().max() > 1e-2
+    monkeypatch.delattr(InPlaceLinear, "forward")
+    torch.testing.assert_close(states, dropped(), atol=1e-4, rtol=0)
+
+
 def test_an_adapter_that_says_nothing_changes_no_bit(make_model):
     model = make_model("llama")
     policy = states_of(model)

@@ -5,7 +5,6 @@ and the work done again from its start; so the result is that of a run with the 
 """
 
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -23,20 +22,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _CPU_TOKENS = 2**11
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _PROCESS = Path("/proc/self")  # Linux: a peak that can be set back
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for what is asked for next; without glibc nothing happens.
-
-    Left alone, it hands large tensors back to the system and asks for them anew, and the system clears every page. The
-    price is memory: up to a few tensors of a size are kept where one was in use.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        library = ctypes.CDLL(None)
-        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            library.mallopt(option, 2**31 - 1)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -30,7 +30,7 @@ from attention_guided_rl.errors import NumericError
 from attention_guided_rl.fingerprints import fingerprints
 from attention_guided_rl.guard import WEIGHT, first_place, first_tensor, row_numbers
 from attention_guided_rl.loading import load_model
-from attention_guided_rl.memory import Result, RowLimit, keep_freed_memory, out_of_memory, rows_at_once
+from attention_guided_rl.memory import Result, RowLimit, out_of_memory, rows_at_once
 from attention_guided_rl.model import LanguageModel
 from attention_guided_rl.network import Network
 from attention_guided_rl.objective import OBJECTIVES, Objective
@@ -117,8 +117,6 @@ class Session:
     def _load(self) -> None:
         """Load the model and open what it reads."""
         config, processes = self.config, self.processes
-        if processes.device.type == "cpu":
-            keep_freed_memory()
         self.model: LanguageModel = load_model(
             config.model, processes.device, seed=config.training.seed, offline=config.network.offline
         )
