@@ -122,7 +122,8 @@ def check(name: str, ours: Outputs, theirs: Outputs) -> None:
 def check_gradient(case: Case, pool: PairPool, uniforms: torch.Tensor, batch_rows: int) -> None:
     """Raise OutputsDifferError unless the naive loop's gradient is ours, to TOLERANCE of its norm."""
     ours = our_gradient(case, pool, uniforms)
-    naive_update(case.session, pool, uniforms, batch_rows)
+    with pefts_layers(case.session):
+        naive_update(case.session, pool, uniforms, batch_rows)
     parameters = list(case.session.model.named_trainable().values())
     torch.nn.utils.clip_grad_norm_(parameters, case.session.config.optimizer.max_grad_norm)
     difference = float((flat_gradient(case) - ours).norm() / ours.norm())

@@ -59,7 +59,13 @@ MUTATIONS = (
     ),
     mistake(
         "adapter lost in 16 bits", "test_model: folding",
-        ("adapter.py", "self._merges = all(weight.dtype == torch.float32 for weight in weights)", "self._merges = True"),
+        ("adapter.py", "self._merges = weights[0].dtype == torch.float32", "self._merges = True"),
+        ("adapter.py", "layer.get_delta_weight(self._adapter).detach()",
+         "layer.get_delta_weight(self._adapter).detach().to(weight.dtype)"),
+    ),
+    mistake(
+        "adapter computed by the library's own layers", "test_model: in_place",
+        ("loading.py", "get_peft_model(causal_lm, in_place(lora))", "get_peft_model(causal_lm, lora)"),
     ),
     # mistakes that earlier attempts at the method made, or nearly
     mistake(

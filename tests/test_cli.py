@@ -389,6 +389,11 @@ BAD_MODELS = {
     "config.json is not text": (2, lambda d: broken_config(d, b"\xff\xfe"), "config.json"),
     "config.json without a known model": (2, lambda d: broken_config(d, b'{"model_type": "eliza"}'), "eliza"),
     "config.json of a model that writes no text": (2, lambda d: broken_config(d, b'{"model_type": "vit"}'), ""),
+    "quantised weights": (
+        2,
+        lambda d: broken_config(d, b'{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}'),
+        "quantised",
+    ),
     "no tokenizer": (2, lambda d: bundled_copy(d, without=("tokenizer*",)), "model.name"),
     "no weights": (2, lambda d: bundled_copy(d, without=("*.safetensors",)), "model.name"),
     "pickle-only weights": (2, pickled_weights, "model.name"),

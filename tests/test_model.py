@@ -40,7 +40,7 @@ def states_of(model):
         ("llama", torch.float32, 1e-4),
         ("gpt2", torch.float32, 1e-4),
         ("llama", torch.bfloat16, 0.0),
-        ("gpt2", torch.bfloat16, 0.1),  # PEFT's own layers compute the adapter in float32
+        ("gpt2", torch.bfloat16, 0.0),  # its layers are PEFT's own, which compute the adapter in float32
     ],
 )
 def test_folding_the_adapter_changes_rounding_alone_and_nothing_afterwards(
@@ -53,6 +53,8 @@ def test_folding_the_adapter_changes_rounding_alone_and_nothing_afterwards(
     with model.reference():
         reference = states_of(model)
     with model.folded():
+        if dtype == torch.bfloat16 and shape == "llama":
+            assert all(p.dtype == dtype for p in model.named_trainable().values())
         torch.testing.assert_close(states_of(model), apart, atol=rounding, rtol=0)
         with model.reference(), model.folded():  # as an embedder in the middle of a rollout
             assert torch.equal(states_of(model), reference)
@@ -64,12 +66,13 @@ def test_folding_the_adapter_changes_rounding_alone_and_nothing_afterwards(
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.named_trainable().values())
 
 
-@pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04)])
 def test_the_adapter_in_place_is_pefts_own_up_to_rounding(
     causal_lm, word_tokenizer, shaken, monkeypatch, shape, dtype, rounding
 ):
     model = shaken(prepare(causal_lm(shape).to(dtype), word_tokenizer(), ModelConfig(name=shape)))
+    assert sum(isinstance(layer, InPlaceLinear) for layer in model.peft_model.modules()) == 2 * 7
 
     def states_and_gradient():
         ids = torch.arange(4, 24).view(2, 10)

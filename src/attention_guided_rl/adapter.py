@@ -33,7 +33,7 @@ class InPlaceLinear(Linear):
 
 
 def in_place(config: LoraConfig) -> LoraConfig:
-    """Return the configuration with linear layers of the kind above."""
+    """Give the configuration linear layers of the kind above, and return it."""
     config._register_custom_module({nn.Linear: InPlaceLinear})
     return config
 
@@ -50,7 +50,7 @@ class Fold:
         self._adapter: str = peft_model.active_adapter
         self._layers: list[Any] = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
         weights = [_weight(layer) for layer in self._layers]
-        self._merges = all(weight.dtype == torch.float32 for weight in weights)
+        self._merges = weights[0].dtype == torch.float32
         if self._merges:
             self._own = weights
             self._others = [
@@ -58,7 +58,8 @@ class Fold:
                 for layer, weight in zip(self._layers, weights, strict=True)
             ]
         else:
-            self._own = [part[self._adapter].weight for layer in self._layers for part in (layer.lora_A, layer.lora_B)]
+            in_place = [layer for layer in self._layers if isinstance(layer, InPlaceLinear)]  # others use float32
+            self._own = [part[self._adapter].weight for layer in in_place for part in (layer.lora_A, layer.lora_B)]
             self._others = [weight.data.to(weights[0].dtype) for weight in self._own]
 
     def toggle(self) -> None:

@@ -132,6 +132,8 @@ def model_source(config: ModelConfig, *, offline: bool = False) -> str:
         raise ConfigError(f"model.name: {config.name!r}: config.json cannot be read: {error}") from None
     if not isinstance(contents, dict):
         raise ConfigError(f"model.name: {config.name!r}: config.json does not describe a model")
+    if "quantization_config" in contents:
+        raise ConfigError(f"model.name: {config.name!r} is quantised; name the model that it was made from")
     _refuse_other_weights(folder)
     if "auto_map" in contents or _wants_kernel(contents) or _tokenizer_wants_code(folder):
         raise UnsafeError(f"model.name: {config.name!r} wants to run code from its repository; refused")
