@@ -197,8 +197,8 @@ def best_trainer(case: Case, pool: PairPool, folder: Path, *, rollout: str, trie
     """Return a trainer with the fastest of the batches of all rows, half of them, a quarter …, tried at full length."""
     sizes = [case.task.rows >> i for i in range(tries) if case.task.rows % (1 << i) == 0 and case.task.rows >> i]
     seconds = {}
-    with shortened(case, 2) as short:
-        TrlTrainer(short, sizes[0], folder, rollout=rollout).step(pool, short.uniforms(0))  # what is loaded at first use
+    with shortened(case, 2) as short:  # so that libraries have loaded what they load at first use
+        TrlTrainer(short, sizes[0], folder, rollout=rollout).step(pool, short.uniforms(0))
     for size in sizes if len(sizes) > 1 else []:
         seconds[size] = TrlTrainer(case, size, folder, rollout=rollout).step(pool, case.uniforms(0))
     return TrlTrainer(case, min(sizes, key=lambda size: seconds.get(size, 0.0)), folder, rollout=rollout)

@@ -58,8 +58,8 @@ class Fold:
                 for layer, weight in zip(self._layers, weights, strict=True)
             ]
         else:
-            in_place = [layer for layer in self._layers if isinstance(layer, InPlaceLinear)]  # others use float32
-            self._own = [part[self._adapter].weight for layer in in_place for part in (layer.lora_A, layer.lora_B)]
+            layers: list[Any] = [layer for layer in self._layers if isinstance(layer, InPlaceLinear)]  # others: float32
+            self._own = [part[self._adapter].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
             self._others = [weight.data.to(weights[0].dtype) for weight in self._own]
 
     def toggle(self) -> None:
