@@ -14,12 +14,14 @@ import torch
 from flops import Shape, Trajectories
 from peft.tuners.lora import Linear
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from attention_guided_rl.adapter import InPlaceLinear
 from attention_guided_rl.config_files import load_config
 from attention_guided_rl.distributed import Processes
+from attention_guided_rl.onednn import OneDnnLinear
 from attention_guided_rl.randomness import Purpose
 from attention_guided_rl.records import Article, PairPool
 from attention_guided_rl.session import Session
@@ -47,6 +49,9 @@ LLAMAS = {
     "toy": _llama(64, 32, 48, 2, 4, 2),
 }
 """Shapes with random weights. All have tied embeddings."""
+
+LIBRARY_LAYERS: dict[type, type] = {InPlaceLinear: Linear, OneDnnLinear: nn.Linear}
+"""What the package's layers are made from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,17 +130,30 @@ def shortened(case: Case, num_steps: int) -> Iterator[Case]:
         session.num_steps = full
 
 
+def own_layers(session: Session) -> dict[nn.Module, type]:
+    """Return the layers that are of the package's making, with their classes."""
+    return {m: type(m) for m in session.model.peft_model.modules() if type(m) in LIBRARY_LAYERS}
+
+
 @contextlib.contextmanager
-def pefts_layers(session: Session) -> Iterator[None]:
-    """Compute with PEFT's own layers in place of the package's, as a comparator would."""
-    layers = [m for m in session.model.peft_model.modules() if isinstance(m, InPlaceLinear)]
-    for layer in layers:
-        layer.__class__ = Linear
+def with_layers(layers: dict[nn.Module, type]) -> Iterator[None]:
+    """Compute with layers of these classes, for a while."""
+    before = {layer: type(layer) for layer in layers}
+    _set_classes(layers)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.__class__ = InPlaceLinear
+        _set_classes(before)
+
+
+def library_layers(session: Session) -> contextlib.AbstractContextManager[None]:
+    """Compute with PyTorch's and PEFT's layers in place of the package's, as a comparator would, for a while."""
+    return with_layers({layer: LIBRARY_LAYERS[kind] for layer, kind in own_layers(session).items()})
+
+
+def _set_classes(layers: dict[nn.Module, type]) -> None:
+    for layer, kind in layers.items():
+        layer.__class__ = kind
 
 
 def save_random_llama(shape: dict[str, Any], sizes: Sizes, folder: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import trl_rows
-from cases import Case, pefts_layers
+from cases import Case, library_layers
 from flops import naive_flops, our_flops, trl_flops
 from machine import timed
 from measure import COMPARED, add_numbers, compared_row, micro_batch
@@ -43,8 +43,6 @@ class Plan:
     naive_in_full: bool = True
     """False: at its first, middle and last step only, summed."""
     trl: bool = False
-    trl_tries: int = 3
-    """Batches of all rows, a half, a quarter, … are tried."""
 
 
 def compare(report: Report, case: Case, plan: Plan, folder: Path) -> Seconds:
@@ -91,10 +89,7 @@ def _trainers(case: Case, plan: Plan, pool: PairPool, folder: Path) -> dict[str,
     if not (plan.trl and trl_rows.INSTALLED):
         return {}
     names = {"plain": "TRL, plain generate with its cache", "ours": "TRL, our rollout inside"}
-    return {
-        name: trl_rows.best_trainer(case, pool, folder / "trl", rollout=rollout, tries=plan.trl_tries)
-        for rollout, name in names.items()
-    }
+    return {name: trl_rows.best_trainer(case, pool, folder / "trl", rollout=rollout) for rollout, name in names.items()}
 
 
 def outputs(step: Step) -> Outputs:
@@ -122,7 +117,7 @@ def check(name: str, ours: Outputs, theirs: Outputs) -> None:
 def check_gradient(case: Case, pool: PairPool, uniforms: torch.Tensor, batch_rows: int) -> None:
     """Raise OutputsDifferError unless the naive loop's gradient is ours, to TOLERANCE of its norm."""
     ours = our_gradient(case, pool, uniforms)
-    with pefts_layers(case.session):
+    with library_layers(case.session):
         naive_update(case.session, pool, uniforms, batch_rows)
     parameters = list(case.session.model.named_trainable().values())
     torch.nn.utils.clip_grad_norm_(parameters, case.session.config.optimizer.max_grad_norm)
@@ -150,7 +145,7 @@ def _naive(case: Case, plan: Plan, pool: PairPool, uniforms: torch.Tensor, size:
         return summed(list(sampled_naive(case, pool, uniforms, size, ours).values()), case.task.num_steps)
     results = []
     device = case.session.model.device
-    with pefts_layers(case.session):
+    with library_layers(case.session):
         seconds = timed(lambda: results.append(naive_update(case.session, pool, uniforms, size)), device)
     for parameter in case.session.model.named_trainable().values():
         parameter.grad = None

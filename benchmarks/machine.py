@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
+from attention_guided_rl.onednn import OneDnnLinear, use_onednn
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +23,7 @@ class Limits:
     flops_per_s: float
     bytes_per_s: float
     product: str
-    """Shape of the matrix product that was fastest."""
+    """The matrix product that was fastest: its shape, and by what if not by PyTorch's own choice."""
 
 
 def synchronise(device: torch.device) -> None:
@@ -53,16 +56,22 @@ def measure_limits(device: torch.device, dtype: torch.dtype, *, sizes: tuple[int
 
 
 def _measure_limits(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], copy_bytes: int) -> Limits:
-    rates: dict[int, float] = {}
+    rates: dict[str, float] = {}
     for size in sizes:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        seconds = [timed(lambda a=a, b=b: a @ b, device) for _ in range(6)][1:]
-        rates[size] = 2 * size**3 / statistics.median(seconds)
-    best = max(rates, key=lambda size: rates[size])
+        layer = nn.Sequential(nn.Linear(size, size, bias=False, device=device, dtype=dtype)).requires_grad_(False)
+        x = torch.randn(size, size, device=device).to(dtype)
+        rates[f"{size}³"] = 2 * size**3 / _median_seconds(lambda layer=layer, x=x: layer(x), device)
+        use_onednn(layer)
+        if isinstance(layer[0], OneDnnLinear):
+            rates[f"{size}³, oneDNN"] = 2 * size**3 / _median_seconds(lambda layer=layer, x=x: layer(x), device)
+    best = max(rates, key=lambda product: rates[product])
     source = torch.zeros(copy_bytes // 4, device=device)
     target = torch.empty_like(source)
-    seconds = [timed(lambda: target.copy_(source), device) for _ in range(6)][1:]
-    return Limits(rates[best], 2 * copy_bytes / statistics.median(seconds), f"{best}³")
+    return Limits(rates[best], 2 * copy_bytes / _median_seconds(lambda: target.copy_(source), device), best)
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    return statistics.median([timed(work, device) for _ in range(6)][1:])
 
 
 def default_limits(device: torch.device, dtype: torch.dtype) -> Limits:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import Case, pefts_layers
+from cases import Case, library_layers
 from machine import timed
 from torch import Tensor
 from transformers import DynamicCache
@@ -133,7 +133,7 @@ def time_step(
             step_gradient(session, reading, torch.ones_like(reading.reward), finished.picks.numel())
             readings.append(reading)
 
-    with pefts_layers(session):
+    with library_layers(session):
         seconds = timed(work, session.model.device)
     for parameter in session.model.named_trainable().values():
         parameter.grad = None

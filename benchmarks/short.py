@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> Report:
         "demo": Plan(options.repeats, naive_batches=(2, None)),
         "30 M": Plan(min(2, options.repeats), naive_batches=(None,), naive_in_full=False, trl=True),
         "100 M": Plan(min(2, options.repeats)),
-        "toy": Plan(options.repeats, naive_batches=(2, None), trl=True, trl_tries=1),
+        "toy": Plan(options.repeats, naive_batches=(2, None), trl=True),
     }
     if not options.toy:
         add_start(report, options.repeats)

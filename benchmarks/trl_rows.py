@@ -16,6 +16,7 @@ made with beta > 0: beta is set right after.
 """
 
 import importlib.util
+import math
 import os
 import time
 import warnings
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case, pefts_layers, shortened
+from cases import Case, library_layers, own_layers, shortened, with_layers
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PrinterCallback, TrainerCallback
 
@@ -48,6 +49,7 @@ class TrlTrainer:
             batch_rows,
             {"plain": self._plain, "ours": self._ours}[rollout],
         )
+        self._own_layers = own_layers(session)
         self.seconds: list[float] = []
         self.picks = self.rewards = torch.zeros(0)
         config = GRPOConfig(
@@ -91,7 +93,7 @@ class TrlTrainer:
     def step(self, pool: PairPool, uniforms: Tensor) -> float:
         """Take a step; return its seconds. `picks` and `rewards` are then those of the step, (B, S)."""
         self._pool, self._uniforms = pool, uniforms
-        with warnings.catch_warnings(), pefts_layers(self.case.session):
+        with warnings.catch_warnings(), library_layers(self.case.session):
             warnings.simplefilter("ignore")
             self.trainer.train()
         self.case.session.model.peft_model.eval()
@@ -101,8 +103,14 @@ class TrlTrainer:
     def _ours(self) -> dict[str, Any]:
         session = self.case.session
         session.model.peft_model.eval()
-        rows = session.rollout(self._pool, self._uniforms)
-        self._score = lambda: session.pay(rows, self._pool).rewards.rewards
+        with with_layers(self._own_layers):
+            rows = session.rollout(self._pool, self._uniforms)
+
+        def score() -> Tensor:
+            with with_layers(self._own_layers):
+                return session.pay(rows, self._pool).rewards.rewards
+
+        self._score = score
         session.model.peft_model.train()
         written = torch.zeros(rows.ids.shape, dtype=torch.long)
         written[:, rows.layout.query_positions] = 1
@@ -193,15 +201,17 @@ class TrlTrainer:
         return torch.tensor(piece, device=self.case.session.model.device).expand(rows, -1)
 
 
-def best_trainer(case: Case, pool: PairPool, folder: Path, *, rollout: str, tries: int) -> TrlTrainer:
-    """Return a trainer with the fastest of the batches of all rows, half of them, a quarter …, tried at full length."""
-    sizes = [case.task.rows >> i for i in range(tries) if case.task.rows % (1 << i) == 0 and case.task.rows >> i]
-    seconds = {}
+def best_trainer(case: Case, pool: PairPool, folder: Path, *, rollout: str) -> TrlTrainer:
+    """Return a trainer with its fastest batch: 1, 2, 4, … rows are tried at full length until more are slower."""
     with shortened(case, 2) as short:  # so that libraries have loaded what they load at first use
-        TrlTrainer(short, sizes[0], folder, rollout=rollout).step(pool, short.uniforms(0))
-    for size in sizes if len(sizes) > 1 else []:
-        seconds[size] = TrlTrainer(case, size, folder, rollout=rollout).step(pool, case.uniforms(0))
-    return TrlTrainer(case, min(sizes, key=lambda size: seconds.get(size, 0.0)), folder, rollout=rollout)
+        TrlTrainer(short, 1, folder, rollout=rollout).step(pool, short.uniforms(0))
+    best, fastest = 1, math.inf
+    for size in (1 << i for i in range(case.task.rows.bit_length()) if case.task.rows % (1 << i) == 0):
+        seconds = TrlTrainer(case, size, folder, rollout=rollout).step(pool, case.uniforms(0))
+        if seconds >= fastest:
+            break
+        best, fastest = size, seconds
+    return TrlTrainer(case, best, folder, rollout=rollout)
 
 
 class _InverseCdf(LogitsProcessor):

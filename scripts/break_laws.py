@@ -59,13 +59,21 @@ MUTATIONS = (
     ),
     mistake(
         "adapter lost in 16 bits", "test_model: folding",
-        ("adapter.py", "self._merges = weights[0].dtype == torch.float32", "self._merges = True"),
+        ("adapter.py", "self._merges = dtype == torch.float32", "self._merges = True"),
         ("adapter.py", "layer.get_delta_weight(self._adapter).detach()",
-         "layer.get_delta_weight(self._adapter).detach().to(weight.dtype)"),
+         "layer.get_delta_weight(self._adapter).detach().to(base.weight.dtype)"),
     ),
     mistake(
         "adapter computed by the library's own layers", "test_model: in_place",
         ("loading.py", "get_peft_model(causal_lm, in_place(lora))", "get_peft_model(causal_lm, lora)"),
+    ),
+    mistake(
+        "frozen layers pass no gradient on", "test_onednn: gradient or update",
+        ("onednn.py", "_linear(gradient, weight.t(), None, *_ALONE)", "0.0 * (gradient @ weight)"),
+    ),
+    mistake(
+        "weights packed without their adapter", "test_onednn: packs or update",
+        ("adapter.py", 'pack(weight)) if isinstance(base', 'pack(base.weight)) if isinstance(base'),
     ),
     # mistakes that earlier attempts at the method made, or nearly
     mistake(

@@ -1,6 +1,7 @@
 """The benchmarks count right, refuse comparators that do other work, and run at their smallest setting."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import long
 import pytest
 import short
 import torch
-from cases import Sizes, pefts_layers, random_case
+from cases import Sizes, library_layers, own_layers, random_case, with_layers
 from compare import OutputsDifferError, check
 from flops import (
     Flops,
@@ -28,11 +29,14 @@ from flops import (
 )
 from naive import summed
 from ours import next_pool, our_step
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import Linear
 from phases import PHASES
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from attention_guided_rl import onednn
 from attention_guided_rl.adapter import InPlaceLinear
+from attention_guided_rl.onednn import OneDnnLinear
 
 SHAPE = Shape(layers=2, hidden=4, heads=2, kv_heads=1, head_dim=3, intermediate=5, vocabulary=7, lora_rank=1)
 # q 4→6, k and v 4→3, o 6→4, gate and up 4→5, down 5→4: 24 + 12 + 12 + 24 + 20 + 20 + 20 = 132 weights a layer,
@@ -57,8 +61,10 @@ def test_counts_agree_with_pytorchs_counter(make_model, backward):
     causal_lm = model.peft_model.get_base_model()
     causal_lm.config._attn_implementation = "eager"  # the counter knows no other attention of the CPU
     ids = torch.arange(10).view(2, 5)
-    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **options: 2 * a[0] * a[1] * b[1]}  # addmm alone is known to it
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.set_grad_enabled(backward):
+    counted = {torch.ops.aten.addmm_: lambda _, a, b, **options: 2 * a[0] * a[1] * b[1]}  # addmm alone is known to it
+    if onednn.available():
+        counted[torch.ops.mkldnn._linear_pointwise] = lambda x, w, *rest, **options: 2 * x[0] * x[1] * w[0]
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter, torch.set_grad_enabled(backward):
         logits = causal_lm(input_ids=ids, use_cache=False, logits_to_keep=3).logits
         if backward:
             logits.sum().backward()
@@ -142,17 +148,21 @@ def test_timing_from_outside_leaves_the_session_as_it_was(tmp_path: Path):
     assert case.task.row_len == step.paid.rows.ids.shape[1]
 
 
-def test_comparators_compute_with_pefts_own_layers(tmp_path: Path):
+@pytest.mark.skipif(not onednn.available(), reason="oneDNN is for x86")
+def test_comparators_compute_with_the_libraries_own_layers(tmp_path: Path):
     sizes = Sizes(num_pairs=3, trajectories=2, query_len=2, key_len=3, value_len=4)
     case = random_case("toy", sizes, tmp_path)
+    own = own_layers(case.session)
 
-    def kinds() -> set[type]:
-        return {type(m) for m in case.session.model.peft_model.modules() if isinstance(m, LoraLayer)}
+    def kinds() -> dict[type, int]:
+        return Counter(type(layer) for layer in own)
 
-    assert kinds() == {InPlaceLinear}
-    with pefts_layers(case.session):
-        assert kinds() == {Linear}
-    assert kinds() == {InPlaceLinear}
+    assert kinds() == {InPlaceLinear: 2 * 7, OneDnnLinear: 2 * 7 + 1}
+    with library_layers(case.session):
+        assert kinds() == {Linear: 2 * 7, nn.Linear: 2 * 7 + 1}
+        with with_layers(own):
+            assert kinds() == {InPlaceLinear: 2 * 7, OneDnnLinear: 2 * 7 + 1}
+    assert kinds() == {InPlaceLinear: 2 * 7, OneDnnLinear: 2 * 7 + 1}
 
 
 @pytest.mark.parametrize(

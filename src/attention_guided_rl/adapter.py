@@ -12,6 +12,8 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from attention_guided_rl.onednn import OneDnnLinear, pack
+
 
 class InPlaceLinear(Linear):
     """A linear layer whose adapter is added to its output in place.
@@ -39,7 +41,7 @@ def in_place(config: LoraConfig) -> LoraConfig:
 
 
 class Fold:
-    """The weights to compute with while nothing is trained; `toggle` exchanges them with the model's own.
+    """What to compute with while nothing is trained; `toggle` exchanges it with the model's own, and back.
 
     In float32 a layer's weights with its adapter's product added: one matrix product instead of three. 16 bits would
     round a small adapter away; there it is the adapter in 16 bits, which is otherwise rounded anew in every forward.
@@ -47,30 +49,31 @@ class Fold:
     """
 
     def __init__(self, peft_model: Any) -> None:
+        """Compute it from the adapter as it is now."""
         self._adapter: str = peft_model.active_adapter
         self._layers: list[Any] = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
-        weights = [_weight(layer) for layer in self._layers]
-        self._merges = weights[0].dtype == torch.float32
+        dtype = self._layers[0].get_base_layer().weight.dtype
+        self._merges = dtype == torch.float32
         if self._merges:
-            self._own = weights
-            self._others = [
-                weight.data + layer.get_delta_weight(self._adapter).detach()
-                for layer, weight in zip(self._layers, weights, strict=True)
-            ]
+            self._others = [self._merged(layer) for layer in self._layers]
+            head = peft_model.get_output_embeddings()
+            if isinstance(head, OneDnnLinear):
+                self._others.append((head, "packed", pack(head.weight)))
         else:
             layers: list[Any] = [layer for layer in self._layers if isinstance(layer, InPlaceLinear)]  # others: float32
-            self._own = [part[self._adapter].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
-            self._others = [weight.data.to(weights[0].dtype) for weight in self._own]
+            own = [part[self._adapter].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
+            self._others = [(weight, "data", weight.data.to(dtype)) for weight in own]
 
     def toggle(self) -> None:
-        """Put these weights in the model, or its own back."""
-        for n, weight in enumerate(self._own):
-            weight.data, self._others[n] = self._others[n], weight.data
+        """Put this in the model, or its own back."""
+        for n, (owner, name, other) in enumerate(self._others):
+            self._others[n] = owner, name, getattr(owner, name)
+            setattr(owner, name, other)
         for layer in self._layers if self._merges else ():
             layer.merged_adapters = [] if layer.merged else [self._adapter]
 
-
-def _weight(layer: Any) -> nn.Parameter:
-    weight = layer.get_base_layer().weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
+    def _merged(self, layer: Any) -> tuple[Any, str, Tensor | None]:
+        """Return what of a layer to replace by what: its weights, or what is packed in their place."""
+        base = layer.get_base_layer()
+        weight: Tensor = base.weight.data + layer.get_delta_weight(self._adapter).detach()
+        return (base, "packed", pack(weight)) if isinstance(base, OneDnnLinear) else (base.weight, "data", weight)

@@ -32,6 +32,7 @@ from attention_guided_rl.errors import CheckpointError, ConfigError, Credentials
 from attention_guided_rl.guard import first_tensor
 from attention_guided_rl.memory import ran_out
 from attention_guided_rl.model import LanguageModel
+from attention_guided_rl.onednn import use_onednn
 from attention_guided_rl.plain_data import parse_json
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-lm"
@@ -82,7 +83,7 @@ def prepare(causal_lm: Any, tokenizer: Any, config: ModelConfig, *, seed: int = 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             peft_model = get_peft_model(causal_lm, in_place(lora))
-        peft_model.eval()
+        use_onednn(peft_model.eval())
         model = LanguageModel(causal_lm, tokenizer, name=config.name, peft_model=peft_model)
     _check_head(model, causal_lm)
     return model

@@ -128,8 +128,8 @@ class Session:
         self.embedder: Embedder = self._make_embedder(config.embedder, self.network, self.model)
         row_len = self.template.layout(self.num_steps, config.rollout.query_tokens, config.pairs.value_tokens).row_len
         most_rows = config.rollout.articles * config.rollout.trajectories
-        micro_batch_rows = config.training.micro_batch_rows or rows_at_once(processes.device, row_len, most_rows)
-        self.micro_batch = RowLimit(micro_batch_rows, row_len)
+        at_once = rows_at_once(processes.device, row_len, self.model.config.hidden_size, most_rows)
+        self.micro_batch = RowLimit(config.training.micro_batch_rows or at_once, row_len)
         self.rollout_batch = RowLimit(ALL_ROWS, row_len)
         self.reference_scorer: Scorer = reference_scorer(self.model, self.micro_batch)
         self.ema: EmaWeights | None = None
