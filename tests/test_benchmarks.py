@@ -149,7 +149,8 @@ def test_timing_from_outside_leaves_the_session_as_it_was(tmp_path: Path):
 
 
 @pytest.mark.skipif(not onednn.available(), reason="oneDNN is for x86")
-def test_comparators_compute_with_the_libraries_own_layers(tmp_path: Path):
+def test_comparators_compute_with_the_libraries_own_layers(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(onednn, "MIN_WEIGHTS", 0)
     sizes = Sizes(num_pairs=3, trajectories=2, query_len=2, key_len=3, value_len=4)
     case = random_case("toy", sizes, tmp_path)
     own = own_layers(case.session)
