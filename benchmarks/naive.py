@@ -42,18 +42,11 @@ class Reading:
     reward: Tensor
 
 
-@dataclass
-class NaiveResult:
-    """What a whole update gives, beside the gradient in the parameters."""
+def naive_update(session: Session, pool: PairPool, uniforms: Tensor, batch_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Roll out, score and accumulate the gradient for all rows, `batch_rows` at a time (default scoring and loss).
 
-    picks: Tensor
-    """(B, S)"""
-    rewards: Tensor
-    """(B, S) nats per value token"""
-
-
-def naive_update(session: Session, pool: PairPool, uniforms: Tensor, batch_rows: int) -> NaiveResult:
-    """Roll out, score and accumulate the gradient for all rows, `batch_rows` at a time (default scoring and loss)."""
+    Returns queries (B, S, Q), picks (B, S) and rewards (B, S), nats per value token.
+    """
     group = uniforms.shape[0] // pool.num_articles
     batches = torch.arange(uniforms.shape[0], device=session.model.device).split(batch_rows)
     written: list[list[Reading]] = []
@@ -63,15 +56,17 @@ def naive_update(session: Session, pool: PairPool, uniforms: Tensor, batch_rows:
             rows, reading = read_step(session, pool, rows, uniforms[index.cpu(), t])
             readings.append(reading)
         written.append(readings)
-    picks = torch.cat([torch.stack([r.pick for r in readings], 1) for readings in written])
-    rewards = torch.cat([torch.stack([r.reward for r in readings], 1) for readings in written])
+    queries, picks, rewards = (
+        torch.cat([torch.stack([getattr(r, name) for r in readings], 1) for readings in written])
+        for name in ("query", "pick", "reward")
+    )
     returns = compute_returns(rewards, "to_go")
     deviation = returns - leave_one_out(returns, group)
     advantages = deviation / deviation.square().mean().sqrt()
     for index, readings in zip(batches, written, strict=True):
         for t, reading in enumerate(readings):
             step_gradient(session, reading, advantages[index, t], rewards.numel())
-    return NaiveResult(picks, rewards)
+    return queries, picks, rewards
 
 
 def start_rows(session: Session, pool: PairPool, article: Tensor) -> Rows:
@@ -121,8 +116,8 @@ def resume_rows(session: Session, rows: TrajectoryBatch, pool: PairPool, step: i
 
 def time_step(
     case: Case, pool: PairPool, uniforms: Tensor, finished: TrajectoryBatch, step: int, batch_rows: int
-) -> tuple[float, Tensor, Tensor]:
-    """Time one step of all rows, its loss included; return seconds, picks (B,) and rewards (B,)."""
+) -> tuple[float, tuple[Tensor, Tensor, Tensor]]:
+    """Time one step of all rows, its loss included; return seconds, and queries (B, 1, Q), picks and rewards (B, 1)."""
     session = case.session
     readings: list[Reading] = []
 
@@ -137,7 +132,10 @@ def time_step(
         seconds = timed(work, session.model.device)
     for parameter in session.model.named_trainable().values():
         parameter.grad = None
-    return seconds, torch.cat([r.pick for r in readings]), torch.cat([r.reward for r in readings])
+    queries, picks, rewards = (
+        torch.cat([getattr(r, name) for r in readings])[:, None] for name in ("query", "pick", "reward")
+    )
+    return seconds, (queries, picks, rewards)
 
 
 def best_batch(case: Case, pool: PairPool, uniforms: Tensor, finished: TrajectoryBatch) -> int:

@@ -51,7 +51,7 @@ class TrlTrainer:
         )
         self._own_layers = own_layers(session)
         self.seconds: list[float] = []
-        self.picks = self.rewards = torch.zeros(0)
+        self.outputs = (torch.zeros(0),) * 3
         config = GRPOConfig(
             output_dir=str(folder),
             per_device_train_batch_size=batch_rows,
@@ -91,7 +91,7 @@ class TrlTrainer:
         self.trainer.beta = session.config.objective.kl.coefficient
 
     def step(self, pool: PairPool, uniforms: Tensor) -> float:
-        """Take a step; return its seconds. `picks` and `rewards` are then those of the step, (B, S)."""
+        """Take a step; return its seconds. `outputs` are then its queries (B, S, Q), picks and rewards (B, S)."""
         self._pool, self._uniforms = pool, uniforms
         with warnings.catch_warnings(), library_layers(self.case.session):
             warnings.simplefilter("ignore")
@@ -185,7 +185,8 @@ class TrlTrainer:
         return logits.gather(-1, ids[:, places, None])[:, :, 0] - logits.logsumexp(-1)
 
     def _answer(self, ids: Tensor, picks: Tensor, written: Tensor, logprobs: Tensor) -> dict[str, Any]:
-        self.picks, start = picks, self.case.task.prompt_len
+        start = self.case.task.prompt_len
+        self._written = ids[written.bool()].view(*picks.shape, -1), picks
         return {
             "prompt_ids": ids[:, :start].tolist(),
             "completion_ids": ids[:, start:].tolist(),
@@ -194,8 +195,9 @@ class TrlTrainer:
         }
 
     def _reward(self, completion_ids: list[list[int]], **columns: Any) -> list[float]:
-        self.rewards = self._score()
-        return self.rewards.mean(1).tolist()
+        rewards = self._score()
+        self.outputs = (*self._written, rewards)
+        return rewards.mean(1).tolist()
 
     def _constant(self, piece: tuple[int, ...], rows: int) -> Tensor:
         return torch.tensor(piece, device=self.case.session.model.device).expand(rows, -1)

@@ -1,6 +1,7 @@
 """The benchmarks count right, refuse comparators that do other work, and run at their smallest setting."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -128,13 +129,41 @@ def test_a_fitted_exponent():
     assert growth.exponent([1, 2, 4], [5, 20, 80]) == pytest.approx(2)
 
 
-def test_a_comparator_that_does_other_work_is_refused():
-    ours = torch.tensor([[0, 1]]), torch.tensor([[1.0, 2.0]])
-    check("same", ours, (torch.tensor([[0, 1]]), torch.tensor([[1.0, 2.0005]])))
-    with pytest.raises(OutputsDifferError, match=r"1 rows of 1 differ, 0 in their picks; rewards by 0\.1"):
-        check("other", ours, (torch.tensor([[0, 1]]), torch.tensor([[1.0, 2.1]])))
-    with pytest.raises(OutputsDifferError, match="1 rows of 1 differ, 1 in their picks"):
-        check("other", ours, (torch.tensor([[1, 0]]), torch.tensor([[1.0, 2.0]])))
+OURS = torch.arange(20, 36).view(4, 2, 2), torch.zeros(4, 2, dtype=torch.long), torch.ones(4, 2)
+"""Queries, picks and rewards of four rows of two steps."""
+
+
+def other(queries=(), picks=(), rewards=()):
+    """Our outputs with other numbers at some places."""
+    theirs = tuple(tensor.clone() for tensor in OURS)
+    for tensor, changes in zip(theirs, (queries, picks, rewards), strict=True):
+        for *place, value in changes:
+            tensor[tuple(place)] = value
+    return theirs
+
+
+EVERYTHING = {"picks": [(1, 1, 1)], "rewards": [(1, 1, 9.0)]}
+
+
+def test_a_comparator_may_round_and_draw_on_the_other_side_of_a_border():
+    check("same", OURS, other(rewards=[(1, 0, 1.0005)]))
+    check("next id", OURS, other([(1, 1, 0, 27), (1, 1, 1, 55)], **EVERYTHING))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        (other(rewards=[(1, 0, 1.1)]), "1 rows of 4 differ, 0 in their picks, 0 in their queries; rewards by 0.1"),
+        (other(rewards=[(1, 0, torch.nan)]), "1 rows of 4 differ"),
+        (other(picks=[(3, 1, 1)]), "1 rows of 4 differ, 1 in their picks"),
+        (other([(1, 1, 0, 28)], **EVERYTHING), "1 rows of 4 differ, 1 in their picks, 1 in their queries"),
+        (other([(1, 1, 1, 28)], picks=[(1, 0, 1)]), "1 rows of 4 differ"),  # before the border
+        (other([(n, 0, 0, 4 * n + 21) for n in range(3)]), "0 rows of 4 differ, 0 in their picks, 3 in their queries"),
+    ],
+)
+def test_a_comparator_that_does_other_work_is_refused(theirs, said):
+    with pytest.raises(OutputsDifferError, match=re.escape(said)):
+        check("other", OURS, theirs)
 
 
 def test_timing_from_outside_leaves_the_session_as_it_was(tmp_path: Path):
