@@ -101,9 +101,10 @@ def outputs(step: Step, steps: slice = slice(None)) -> Outputs:
 def check(name: str, ours: Outputs, theirs: Outputs) -> None:
     """Raise OutputsDifferError unless a variant's queries, picks and rewards (to TOLERANCE) are ours.
 
-    Rounding moves the border between two tokens, and now and then a draw falls in between (3 of 5,120 of the 30 M model):
-    a row may differ from a query on whose first other token is the next id or the one before. Half of the rows must not.
-    One row of eight, two of 64, may differ for other reasons: a pick on a border, or tokens between that are never drawn.
+    Rounding moves the border between two tokens, and now and then a draw falls in between (3 of 5,120 of the 30 M
+    model): a row may differ from a query on whose first other token is the next id or the one before. Half of the rows
+    must not. One row of eight, two of 64, may differ for other reasons: a pick on a border, or tokens between that are
+    never drawn.
     """
     (queries, picks, rewards), (other_queries, other_picks, other_rewards) = (
         [tensor.cpu() for tensor in both] for both in (ours, theirs)
