@@ -337,7 +337,40 @@ def test_other_errors_and_results_pass():
 
 def test_short_rows_go_more_at_a_time():
     limit = RowLimit(4, row_len=30)
-    assert [limit.of_length(length) for length in (10, 30, 31, 500)] == [12, 4, 3, 1]
+    assert [limit.forward_rows_of(length) for length in (10, 30, 31, 500)] == [12, 4, 3, 1]
+
+
+def test_scoring_takes_more_rows_until_memory_runs_out():
+    limit, tries = RowLimit(2, row_len=30, forward_alone=4), []
+
+    def work() -> None:
+        tries.append((limit.forward_rows, limit.rows))
+        with limit.watch("scoring", 7, forward_alone=True):
+            no_memory()
+
+    with pytest.raises(MemoryLimitError, match="scoring: 1 rows × 30 tokens at a time; lower"):
+        limit.fit(7, work)
+    assert tries == [(8, 2), (2, 2), (1, 1)]
+    assert limit.lowered_to == 1
+
+
+def test_what_memory_has_forced_holds_for_scoring_too():
+    limit = RowLimit(2, row_len=30, forward_alone=4)
+    assert limit.forward_rows_of(60) == 4
+    limit.lower(3)
+    assert (limit.forward_rows, limit.rows, limit.lowered_to) == (8, 2, None)
+    limit.lower(2)
+    assert (limit.forward_rows, limit.rows, limit.lowered_to) == (2, 2, 2)
+    with pytest.raises(MemoryLimitError, match="writing: 2 rows"), limit.watch("writing", 7):
+        no_memory()
+
+
+def test_processes_that_agree_lower_nothing(make_session):
+    session = make_session({"training.micro_batch_rows": None})
+    before = session.micro_batch.rows, session.micro_batch.forward_rows
+    assert before[1] == 4 * before[0]
+    session.agree_on_rows()
+    assert (session.micro_batch.rows, session.micro_batch.forward_rows) == before
 
 
 @pytest.mark.parametrize(

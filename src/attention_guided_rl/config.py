@@ -447,9 +447,10 @@ class TrainingConfig:
     seed: int = 0
     """Seed of everything random in the run, apart from the corpus."""
     micro_batch_rows: int | None = None
-    """Rows per forward of the scorer and the update; None: all of a process at once, on a CPU about 4,000 tokens.
+    """Rows per forward of the scorer and the update. Results do not depend on it. Halved where memory runs out.
 
-    Results do not depend on it. Halved where memory runs out.
+    None: all of a process at once; on a CPU as many as have 2^18 numbers in a layer's hidden states (tokens × width),
+    four times as many in the scorer, which keeps nothing for a gradient.
     """
     checkpoint_every: int = 50
     """Updates between checkpoints; one is always written at the end."""

@@ -62,25 +62,33 @@ def rows_at_once(device: torch.device, row_len: int, hidden_size: int, num_rows:
 class RowLimit:
     """How many rows go through a model at once: fewer each time that memory runs out."""
 
-    def __init__(self, rows: int, row_len: int) -> None:
-        """Begin with so many rows, of `row_len` tokens."""
+    def __init__(self, rows: int, row_len: int, *, forward_alone: int = 1) -> None:
+        """Begin with so many rows, of `row_len` tokens; `forward_alone` times as many where there is no gradient."""
         self.rows, self.row_len = rows, row_len
+        self._forward_alone = forward_alone
         self.lowered_to: int | None = None
         """What memory has forced so far; None: nothing."""
 
-    def of_length(self, length: int) -> int:
+    @property
+    def forward_rows(self) -> int:
+        """Rows at once where nothing is kept for a gradient."""
+        return self.rows * self._forward_alone
+
+    def forward_rows_of(self, length: int) -> int:
         """Return how many rows of another length have about as many tokens."""
-        return max(1, self.rows * self.row_len // length)
+        return max(1, self.forward_rows * self.row_len // length)
 
     def lower(self, rows: int | None) -> None:
-        """Allow no more than so many rows from now on."""
-        if rows is not None and rows < self.rows:
+        """Allow no more than so many rows from now on, with a gradient or without."""
+        if rows is not None and rows <= self.rows and rows < self.forward_rows:
             self.rows = self.lowered_to = rows
+            self._forward_alone = 1
 
     @contextlib.contextmanager
-    def watch(self, doing: str, num_rows: int) -> Iterator[None]:
+    def watch(self, doing: str, num_rows: int, *, forward_alone: bool = False) -> Iterator[None]:
         """Raise MemoryLimitError where memory runs out while doing something to so many rows."""
-        with out_of_memory(f"{doing}: {min(self.rows, num_rows)} rows × {self.row_len} tokens at a time"):
+        at_once = min(self.forward_rows if forward_alone else self.rows, num_rows)
+        with out_of_memory(f"{doing}: {at_once} rows × {self.row_len} tokens at a time"):
             yield
 
     def fit(self, num_rows: int, work: Callable[[], Result]) -> Result:
@@ -96,12 +104,12 @@ class RowLimit:
                 return work()
             except MemoryLimitError as error:
                 at_once, said = min(self.rows, num_rows), str(error)
-                if at_once <= 1:
+                if at_once <= 1 and self.forward_rows == self.rows:
                     raise MemoryLimitError(
                         f"{said}; lower rollout.steps or rollout.context_tokens, set model.dtype: bfloat16, or take a "
                         "smaller model"
                     ) from None
-            self.lower(at_once // 2)
+            self.lower(at_once // 2 if self.forward_rows == self.rows else self.rows)
             logger.warning("%s; going on with %d", said, self.rows)
             if torch.cuda.is_initialized():
                 gc.collect()  # the error may be in a cycle with the frames that hold the tensors

@@ -74,7 +74,7 @@ class ModelScorer:
         everything = torch.arange(rows.num_rows, device=rows.ids.device)
         parts = [
             self._score(rows.select(index), request.select(index))
-            for index in everything.split(self.micro_batch.rows if self.micro_batch else max(1, rows.num_rows))
+            for index in everything.split(self.micro_batch.forward_rows if self.micro_batch else max(1, rows.num_rows))
         ]
         return _concatenate(parts)
 
@@ -174,7 +174,7 @@ class ModelScorer:
         role = torch.cat([torch.full_like(prefix, TEMPLATE), torch.where(mask, VALUE, PADDING)], 1)
         role[:, : len(template.prompt)] = PROMPT
         positions = torch.arange(len(before), ids.shape[1])
-        size = self.micro_batch.of_length(ids.shape[1]) if self.micro_batch else len(ids)
+        size = self.micro_batch.forward_rows_of(ids.shape[1]) if self.micro_batch else len(ids)
         with self.weights():
             logprobs = torch.cat(
                 [

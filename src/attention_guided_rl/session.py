@@ -128,8 +128,11 @@ class Session:
         self.embedder: Embedder = self._make_embedder(config.embedder, self.network, self.model)
         row_len = self.template.layout(self.num_steps, config.rollout.query_tokens, config.pairs.value_tokens).row_len
         most_rows = config.rollout.articles * config.rollout.trajectories
-        at_once = rows_at_once(processes.device, row_len, self.model.config.hidden_size, most_rows)
-        self.micro_batch = RowLimit(config.training.micro_batch_rows or at_once, row_len)
+        if config.training.micro_batch_rows is None:
+            at_once = rows_at_once(processes.device, row_len, self.model.config.hidden_size, most_rows)
+            self.micro_batch = RowLimit(at_once, row_len, forward_alone=4)
+        else:
+            self.micro_batch = RowLimit(config.training.micro_batch_rows, row_len)
         self.rollout_batch = RowLimit(ALL_ROWS, row_len)
         self.reference_scorer: Scorer = reference_scorer(self.model, self.micro_batch)
         self.ema: EmaWeights | None = None
@@ -142,7 +145,7 @@ class Session:
 
     @property
     def micro_batch_rows(self) -> int:
-        """Rows that scorer and update take at once, now."""
+        """Rows that the update takes at once, now."""
         return self.micro_batch.rows
 
     def agree_on_rows(self) -> None:
@@ -150,7 +153,8 @@ class Session:
         limits = (self.micro_batch, self.rollout_batch)
         own = torch.tensor([[limit.rows for limit in limits]], device=self.processes.device)
         for limit, rows in zip(limits, self.processes.gather_rows(own).amin(0).tolist(), strict=True):
-            limit.lower(rows)
+            if rows < limit.rows:
+                limit.lower(rows)
 
     def nonfinite_weight(self) -> str | None:
         """Name a weight that is not finite on some process, trained or not; None if all are."""
@@ -221,7 +225,7 @@ class Session:
         """Score so many rows, fewer at a time where memory runs out. Not in an update, where processes must agree."""
 
         def watched() -> Result:
-            with self.micro_batch.watch("scoring", num_rows):
+            with self.micro_batch.watch("scoring", num_rows, forward_alone=True):
                 return work()
 
         return self.micro_batch.fit(num_rows, watched)

@@ -178,13 +178,15 @@ def _first_update(session: Session, pool: PairPool, uniforms: Tensor) -> tuple[P
     with _put_back(session):
         stepped, *update = _measured(device, step)
     num_rows = config.rollout.articles * config.rollout.trajectories
-    at_once = session.micro_batch_rows
     more_rows = num_rows / rows.num_rows
-    more_at_once = min(at_once, num_rows) / min(at_once, rows.num_rows)
+
+    def more(at_once: int) -> float:
+        return min(at_once, num_rows) / min(at_once, rows.num_rows)
+
     grown = (
         (rollout[1] - at_rest) * more_rows,
-        (pay[1] - at_rest) * more_at_once,
-        (update[1] - at_rest) * more_at_once,
+        (pay[1] - at_rest) * more(session.micro_batch.forward_rows),
+        (update[1] - at_rest) * more(session.micro_batch.rows),
     )
     return paid, Cost(
         update_s=(rollout[0] + pay[0] + update[0]) * more_rows,
