@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> Report:
             case = demo_case() if name == "demo" else random_case(name, sizes, Path(folder))
             run_case(report, name, case, plans[name], Path(folder), before, options.toy)
             if name == "demo":
-                counterfactual(report, case, 2 * options.repeats)
+                counterfactual(report, case, options.repeats + 2)
     report.remark(f"the whole benchmark took {(time.perf_counter() - start) / 60:.1f} minutes")
     report.write(options.out)
     return report
