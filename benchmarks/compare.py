@@ -16,6 +16,7 @@ from tables import Report
 from attention_guided_rl.records import PairPool
 
 TOLERANCE = 1e-3  # nats per value token
+LIBRARY_ROW = "this package, PyTorch's and PEFT's layers"
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Queries (B, S, Q), picks (B, S) and rewards (B, S), of the same rows and steps."""
 
@@ -43,6 +44,8 @@ class Plan:
     naive_in_full: bool = True
     """False: at its first, middle and last step only, summed."""
     trl: bool = False
+    with_library_layers: bool = False
+    """A row of ours with PyTorch's and PEFT's layers: what is left of the ratios without the package's."""
 
 
 def compare(report: Report, case: Case, plan: Plan, folder: Path) -> Seconds:
@@ -56,6 +59,11 @@ def compare(report: Report, case: Case, plan: Plan, folder: Path) -> Seconds:
         ours = our_step(case, pool, uniforms)
         found.ours.append(ours.seconds)
         found.steps.append(ours)
+        if plan.with_library_layers:
+            with library_layers(case.session):
+                same = our_step(case, pool, uniforms, phases=False)
+            check(LIBRARY_ROW, outputs(ours), outputs(same))
+            found.others.setdefault(LIBRARY_ROW, (str(micro_batch(case)), []))[1].append(same.seconds)
         if repeat == 0:  # not before: what the others leave in the allocator must not count as our memory
             batches = _naive_batches(case, plan, pool, uniforms, ours)
             trainers = _trainers(case, plan, pool, folder)
@@ -80,16 +88,17 @@ def _naive_batches(case: Case, plan: Plan, pool: PairPool, uniforms: torch.Tenso
         name = f"naive loop{own}{'' if plan.naive_in_full else ', three steps summed'}"
         batches[name] = wanted or best_batch(case, pool, uniforms, ours.paid.rows)
     if batches and plan.naive_in_full:
-        check_gradient(case, pool, uniforms, max(batches.values()))
+        check_gradient(case, pool, max(batches.values()))
     return batches
 
 
 def _trainers(case: Case, plan: Plan, pool: PairPool, folder: Path) -> dict[str, trl_rows.TrlTrainer]:
-    """Return TRL's two rows, each with its best batch, if TRL is wanted and there."""
+    """Return TRL's two rows with its best batch, if TRL is wanted and there."""
     if not (plan.trl and trl_rows.INSTALLED):
         return {}
+    batch = trl_rows.best_batch(case, pool, folder / "trl")
     names = {"plain": "TRL, plain generate with its cache", "ours": "TRL, our rollout inside"}
-    return {name: trl_rows.best_trainer(case, pool, folder / "trl", rollout=rollout) for rollout, name in names.items()}
+    return {name: trl_rows.TrlTrainer(case, batch, folder / "trl", rollout=rollout) for rollout, name in names.items()}
 
 
 def outputs(step: Step, steps: slice = slice(None)) -> Outputs:
@@ -102,9 +111,9 @@ def check(name: str, ours: Outputs, theirs: Outputs) -> None:
     """Raise OutputsDifferError unless a variant's queries, picks and rewards (to TOLERANCE) are ours.
 
     Rounding moves the border between two tokens, and now and then a draw falls in between (3 of 5,120 of the 30 M
-    model): a row may differ from a query on whose first other token is the next id or the one before. Half of the rows
-    must not. One row of eight, two of 64, may differ for other reasons: a pick on a border, or tokens between that are
-    never drawn.
+    model): a row may differ from a query on whose first other token is the next id or the one before, two rows or one
+    for every 250 tokens. One row of eight, two of 64, may differ for other reasons: a pick on a border, or tokens
+    between that are never drawn.
     """
     (queries, picks, rewards), (other_queries, other_picks, other_rewards) = (
         [tensor.cpu() for tensor in both] for both in (ours, theirs)
@@ -113,28 +122,40 @@ def check(name: str, ours: Outputs, theirs: Outputs) -> None:
     apart = (queries - other_queries).abs().flatten(1)
     apart = torch.cat([apart, torch.ones(rows, 1, dtype=apart.dtype)], 1)  # behind the end, where none is other
     first = (apart != 0).int().argmax(1)
-    on_border = apart.gather(1, first[:, None]) == 1
+    astray = first < num_steps * query_len
+    on_border = apart.gather(1, first[:, None])[:, 0] == 1
     together = torch.arange(num_steps) < (first // query_len)[:, None]
     difference = (rewards - other_rewards).abs()
-    differs = ((picks != other_picks) | ~(difference <= TOLERANCE)) & (together | ~on_border)
-    differing, bordering = int(differs.any(1).sum()), int((~together).any(1).sum())
-    if differing > max(rows // 32, int(rows >= 8)) or bordering > rows // 2:
+    differs = (picks != other_picks) | ~(difference <= TOLERANCE)
+    differing = int(((differs & together).any(1) | (astray & ~on_border)).sum())
+    bordering = int((astray & on_border).sum())
+    if differing > max(rows // 32, int(rows >= 8)) or bordering > max(2, queries.numel() // 250):
         raise OutputsDifferError(
             f"{name}: {differing} rows of {rows} differ, {int((picks != other_picks).any(1).sum())} in their picks, "
-            f"{bordering} in their queries; rewards by {float(difference.max()):.2g}"
+            f"{bordering} more from a border on; rewards by {float(difference.max()):.2g}"
         )
 
 
-def check_gradient(case: Case, pool: PairPool, uniforms: torch.Tensor, batch_rows: int) -> None:
-    """Raise OutputsDifferError unless the naive loop's gradient is ours, to TOLERANCE of its norm."""
-    ours = our_gradient(case, pool, uniforms)
-    with library_layers(case.session):
-        naive_update(case.session, pool, uniforms, batch_rows)
+def check_gradient(case: Case, pool: PairPool, batch_rows: int) -> None:
+    """Raise OutputsDifferError unless the naive loop's gradient is ours, to TOLERANCE of its norm.
+
+    On the first numbers with which both write the same rows (see `check`).
+    """
     parameters = list(case.session.model.named_trainable().values())
-    torch.nn.utils.clip_grad_norm_(parameters, case.session.config.optimizer.max_grad_norm)
-    difference = float((flat_gradient(case) - ours).norm() / ours.norm())
-    for parameter in parameters:
-        parameter.grad = None
+    for number in range(10**5, 10**5 + 5):
+        uniforms = case.uniforms(number)
+        ours = our_gradient(case, pool, uniforms)
+        rows = case.session.rollout(pool, uniforms)
+        with library_layers(case.session):
+            queries, picks, _ = naive_update(case.session, pool, uniforms, batch_rows)
+        torch.nn.utils.clip_grad_norm_(parameters, case.session.config.optimizer.max_grad_norm)
+        difference = float((flat_gradient(case) - ours).norm() / ours.norm())
+        for parameter in parameters:
+            parameter.grad = None
+        if torch.equal(queries, rows.query_slots()[0]) and torch.equal(picks, rows.picks):
+            break
+    else:
+        raise OutputsDifferError("naive loop: it never wrote our rows")
     if not difference <= TOLERANCE:
         raise OutputsDifferError(f"naive loop: its gradient differs from ours by {difference:.2g} of its norm")
 
@@ -176,7 +197,9 @@ def _add(report: Report, case: Case, found: Seconds) -> None:
         )
     ]
     for name, (at_once, seconds) in found.others.items():
-        if name.startswith("naive"):
+        if name == LIBRARY_ROW:
+            work = our_flops(case.shape, case.task)
+        elif name.startswith("naive"):
             work = naive_flops(case.shape, case.task)
         else:
             work = trl_flops(case.shape, case.task, folded="our rollout" in name)

@@ -3,7 +3,7 @@
     python benchmarks/long.py [--repeats 3] [--only 32 100] [--toy]
 
 The naive loop is timed at its first, middle and last step (the loss of that step included), each `--repeats` times, at
-its own best batch; the sum over all steps is by the parabola through the three. Picks and rewards of each step
+its own best batch; the sum over all steps is by the parabola through the three. Queries, picks and rewards of each step
 timed are checked against ours.
 """
 

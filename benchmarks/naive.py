@@ -2,7 +2,8 @@
 
 It re-encodes the whole context at every step, embeds all keys at every step, scores every value in a forward of its
 own, and recomputes every query's log-probabilities in a forward of its own. It uses the package's weights, template and
-embedder and the model's own forward, so its outputs must be the same: picks equal, rewards and gradients to 1e-3.
+embedder and the model's own forward, so its outputs must be the same: queries and picks equal, rewards and gradients
+to 1e-3.
 """
 
 from dataclasses import dataclass

@@ -70,10 +70,12 @@ def main(arguments: list[str] | None = None) -> Report:
     report, start = Report("short", describe(CPU)), time.perf_counter()
     wanted = ["toy"] if options.toy else options.only
     plans = {
-        "demo": Plan(options.repeats, naive_batches=(2, None)),
-        "30 M": Plan(min(2, options.repeats), naive_batches=(None,), naive_in_full=False, trl=True),
+        "demo": Plan(options.repeats, naive_batches=(2, None), with_library_layers=True),
+        "30 M": Plan(
+            min(2, options.repeats), naive_batches=(None,), naive_in_full=False, trl=True, with_library_layers=True
+        ),
         "100 M": Plan(min(2, options.repeats)),
-        "toy": Plan(options.repeats, naive_batches=(2, None), trl=True),
+        "toy": Plan(options.repeats, naive_batches=(2, None), trl=True, with_library_layers=True),
     }
     if not options.toy:
         add_start(report, options.repeats)

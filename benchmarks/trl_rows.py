@@ -10,13 +10,12 @@ ids, which of them the model wrote (`env_mask`), and any further columns, which 
 - `ours`: this package's rollout and frozen pass inside TRL, so that only the update side differs.
 
 TRL's advantage is one number a trajectory and its KL a sampled estimate (k3): less work than the package's loss, and
-another gradient; so rewards and picks are checked, and gradients are not. The weights are shared with the package's
-session. TRL reads "reference = adapter off" from a model without an adapter called "ref", which it adds only when it is
+another gradient; so queries, picks and rewards are checked, and gradients are not. The weights are shared with the
+package's session. TRL reads "reference = adapter off" from a model without an adapter called "ref", which it adds only when it is
 made with beta > 0: beta is set right after.
 """
 
 import importlib.util
-import math
 import os
 import time
 import warnings
@@ -122,7 +121,7 @@ class TrlTrainer:
     def _plain(self) -> dict[str, Any]:
         ids, picks, written, logprobs = self._generate_rows()
         self._score = lambda: torch.cat(
-            [self._frozen_pass(ids[i], picks[i], i) for i in torch.arange(len(ids)).split(self.batch_rows)]
+            [self._frozen_pass(ids[i], picks[i], i) for i in torch.arange(len(ids)).split(4 * self.batch_rows)]
         )
         return self._answer(ids, picks, written, logprobs)
 
@@ -203,17 +202,15 @@ class TrlTrainer:
         return torch.tensor(piece, device=self.case.session.model.device).expand(rows, -1)
 
 
-def best_trainer(case: Case, pool: PairPool, folder: Path, *, rollout: str) -> TrlTrainer:
-    """Return a trainer with its fastest batch: 1, 2, 4, … rows are tried at full length until more are slower."""
+def best_batch(case: Case, pool: PairPool, folder: Path) -> int:
+    """Try batches of 1, 2, 4, … rows at full length, with our rollout inside; return the fastest.
+
+    It is the update that depends on it, and that is the same in both rows.
+    """
+    sizes = [1 << i for i in range(case.task.rows.bit_length()) if case.task.rows % (1 << i) == 0]
     with shortened(case, 2) as short:  # so that libraries have loaded what they load at first use
-        TrlTrainer(short, 1, folder, rollout=rollout).step(pool, short.uniforms(0))
-    best, fastest = 1, math.inf
-    for size in (1 << i for i in range(case.task.rows.bit_length()) if case.task.rows % (1 << i) == 0):
-        seconds = TrlTrainer(case, size, folder, rollout=rollout).step(pool, case.uniforms(0))
-        if seconds >= fastest:
-            break
-        best, fastest = size, seconds
-    return TrlTrainer(case, best, folder, rollout=rollout)
+        TrlTrainer(short, 1, folder, rollout="ours").step(pool, short.uniforms(0))
+    return min(sizes, key=lambda size: TrlTrainer(case, size, folder, rollout="ours").step(pool, case.uniforms(0)))
 
 
 class _InverseCdf(LogitsProcessor):

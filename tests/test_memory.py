@@ -340,37 +340,51 @@ def test_short_rows_go_more_at_a_time():
     assert [limit.forward_rows_of(length) for length in (10, 30, 31, 500)] == [12, 4, 3, 1]
 
 
-def test_scoring_takes_more_rows_until_memory_runs_out():
-    limit, tries = RowLimit(2, row_len=30, forward_alone=4), []
+@pytest.mark.parametrize(
+    ("num_rows", "expected"),
+    [(7, [(8, 2), (2, 2), (1, 1)]), (2, [(8, 2), (1, 1)]), (1, [(8, 2)])],
+)
+def test_scoring_takes_more_rows_until_memory_runs_out(num_rows, expected):
+    limit, tries = RowLimit(2, row_len=30, forward_rows=8), []
 
     def work() -> None:
         tries.append((limit.forward_rows, limit.rows))
-        with limit.watch("scoring", 7, forward_alone=True):
+        with limit.watch("scoring", num_rows, forward=True):
             no_memory()
 
     with pytest.raises(MemoryLimitError, match="scoring: 1 rows × 30 tokens at a time; lower"):
-        limit.fit(7, work)
-    assert tries == [(8, 2), (2, 2), (1, 1)]
-    assert limit.lowered_to == 1
+        limit.fit(num_rows, work)
+    assert tries == expected
 
 
 def test_what_memory_has_forced_holds_for_scoring_too():
-    limit = RowLimit(2, row_len=30, forward_alone=4)
+    limit = RowLimit(2, row_len=30, forward_rows=8)
     assert limit.forward_rows_of(60) == 4
-    limit.lower(3)
+    limit.lower(8)
     assert (limit.forward_rows, limit.rows, limit.lowered_to) == (8, 2, None)
-    limit.lower(2)
-    assert (limit.forward_rows, limit.rows, limit.lowered_to) == (2, 2, 2)
-    with pytest.raises(MemoryLimitError, match="writing: 2 rows"), limit.watch("writing", 7):
+    limit.lower(3)
+    assert (limit.forward_rows, limit.rows, limit.lowered_to) == (3, 2, 3)
+    limit.lower(1)
+    assert (limit.forward_rows, limit.rows, limit.lowered_to) == (1, 1, 1)
+    with pytest.raises(MemoryLimitError, match="writing: 1 rows"), limit.watch("writing", 7):
         no_memory()
 
 
-def test_processes_that_agree_lower_nothing(make_session):
-    session = make_session({"training.micro_batch_rows": None})
-    before = session.micro_batch.rows, session.micro_batch.forward_rows
-    assert before[1] == 4 * before[0]
+@pytest.mark.parametrize(("other", "agreed"), [((1, 1), (1, 1)), ((2, 2), (2, 2)), ((8, 2), (8, 2)), ((99, 9), (8, 2))])
+def test_processes_agree_on_the_rows_of_the_one_with_the_least_memory(make_session, monkeypatch, other, agreed):
+    """The other has run out of memory in an evaluation, say, where each is by itself."""
+    session = make_session()
+    session.micro_batch = RowLimit(2, row_len=30, forward_rows=8)
+    others = tensor([[other[0], session.rollout_batch.rows]])
+    monkeypatch.setattr(session.processes, "gather_rows", lambda own: torch.cat([own, others]))
     session.agree_on_rows()
-    assert (session.micro_batch.rows, session.micro_batch.forward_rows) == before
+    assert (session.micro_batch.forward_rows, session.micro_batch.rows) == agreed
+
+
+def test_scoring_takes_four_times_the_rows_of_the_update_unless_they_are_given(make_session):
+    automatic, given = (make_session({"training.micro_batch_rows": rows}).micro_batch for rows in (None, 3))
+    assert automatic.forward_rows == 4 * automatic.rows
+    assert (given.forward_rows, given.rows) == (3, 3)
 
 
 @pytest.mark.parametrize(

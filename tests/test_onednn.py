@@ -59,6 +59,11 @@ def test_output_and_gradient_are_those_of_pytorchs_layer(kind, bias):
     torch.testing.assert_close(gradient, torch.ones(output.shape) @ plain.weight, atol=1e-5, rtol=0)
 
 
+def test_the_output_is_no_view_which_would_be_dear_to_add_to():
+    layer, _ = layers()
+    assert layer(torch.randn(9, 48, requires_grad=True))._base is None
+
+
 @pytest.mark.parametrize("kind", INPUTS)
 def test_packed_weights_are_used_in_place_of_its_own(kind):
     layer, plain = layers()

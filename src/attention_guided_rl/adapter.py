@@ -58,7 +58,7 @@ class Fold:
             self._others = [self._merged(layer) for layer in self._layers]
             head = peft_model.get_output_embeddings()
             if isinstance(head, OneDnnLinear):
-                self._others.append((head, "packed", pack(head.weight)))
+                self._others.append((head, "packed", pack(head.weight)))  # anew each time: kept, it would take room
         else:
             layers: list[Any] = [layer for layer in self._layers if isinstance(layer, InPlaceLinear)]  # others: float32
             own = [part[self._adapter].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]

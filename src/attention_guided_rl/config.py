@@ -447,7 +447,7 @@ class TrainingConfig:
     seed: int = 0
     """Seed of everything random in the run, apart from the corpus."""
     micro_batch_rows: int | None = None
-    """Rows per forward of the scorer and the update. Results do not depend on it. Halved where memory runs out.
+    """Rows per forward of the scorer and the update. Results do not depend on it. Fewer where memory runs out.
 
     None: all of a process at once; on a CPU as many as have 2^18 numbers in a layer's hidden states (tokens × width),
     four times as many in the scorer, which keeps nothing for a gradient.

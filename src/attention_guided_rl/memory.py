@@ -1,6 +1,6 @@
 """Memory: how much is in use and there is, on the GPU if the work is there; and what to do when it runs out.
 
-Work that goes through a model some rows at a time asks a RowLimit how many. When memory runs out, the limit is halved
+Work that goes through a model some rows at a time asks a RowLimit how many. When memory runs out, the limit is lowered
 and the work done again from its start; so the result is that of a run with the smaller limit.
 """
 
@@ -62,38 +62,34 @@ def rows_at_once(device: torch.device, row_len: int, hidden_size: int, num_rows:
 class RowLimit:
     """How many rows go through a model at once: fewer each time that memory runs out."""
 
-    def __init__(self, rows: int, row_len: int, *, forward_alone: int = 1) -> None:
-        """Begin with so many rows, of `row_len` tokens; `forward_alone` times as many where there is no gradient."""
+    def __init__(self, rows: int, row_len: int, *, forward_rows: int | None = None) -> None:
+        """Begin with so many rows, of `row_len` tokens; `forward_rows`, no fewer, where nothing is kept to go back."""
         self.rows, self.row_len = rows, row_len
-        self._forward_alone = forward_alone
+        self.forward_rows = forward_rows or rows
         self.lowered_to: int | None = None
         """What memory has forced so far; None: nothing."""
-
-    @property
-    def forward_rows(self) -> int:
-        """Rows at once where nothing is kept for a gradient."""
-        return self.rows * self._forward_alone
 
     def forward_rows_of(self, length: int) -> int:
         """Return how many rows of another length have about as many tokens."""
         return max(1, self.forward_rows * self.row_len // length)
 
     def lower(self, rows: int | None) -> None:
-        """Allow no more than so many rows from now on, with a gradient or without."""
-        if rows is not None and rows <= self.rows and rows < self.forward_rows:
-            self.rows = self.lowered_to = rows
-            self._forward_alone = 1
+        """Allow no more than so many rows from now on, to go back or not."""
+        if rows is not None and rows < self.forward_rows:
+            self.forward_rows = self.lowered_to = rows
+            self.rows = min(self.rows, rows)
 
     @contextlib.contextmanager
-    def watch(self, doing: str, num_rows: int, *, forward_alone: bool = False) -> Iterator[None]:
+    def watch(self, doing: str, num_rows: int, *, forward: bool = False) -> Iterator[None]:
         """Raise MemoryLimitError where memory runs out while doing something to so many rows."""
-        at_once = min(self.forward_rows if forward_alone else self.rows, num_rows)
+        at_once = min(self.forward_rows if forward else self.rows, num_rows)
         with out_of_memory(f"{doing}: {at_once} rows × {self.row_len} tokens at a time"):
             yield
 
     def fit(self, num_rows: int, work: Callable[[], Result]) -> Result:
-        """Do work on so many rows, and each time that it raises MemoryLimitError do it again with half as many at once.
+        """Do work on so many rows, and each time that it raises MemoryLimitError do it again with fewer at once.
 
+        Fewer are no more forwards at once than backwards, where they were more; then half.
         Work that has collectives in it must raise on all processes if it does on one (`Processes.meeting`).
 
         Raises:
@@ -103,13 +99,13 @@ class RowLimit:
             try:
                 return work()
             except MemoryLimitError as error:
-                at_once, said = min(self.rows, num_rows), str(error)
-                if at_once <= 1 and self.forward_rows == self.rows:
+                at_once, said = min(self.forward_rows, num_rows), str(error)
+                if at_once <= 1:
                     raise MemoryLimitError(
                         f"{said}; lower rollout.steps or rollout.context_tokens, set model.dtype: bfloat16, or take a "
                         "smaller model"
                     ) from None
-            self.lower(at_once // 2 if self.forward_rows == self.rows else self.rows)
+            self.lower(self.rows if at_once > self.rows else at_once // 2)
             logger.warning("%s; going on with %d", said, self.rows)
             if torch.cuda.is_initialized():
                 gc.collect()  # the error may be in a cycle with the frames that hold the tensors

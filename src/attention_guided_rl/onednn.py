@@ -31,8 +31,10 @@ class OneDnnLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + b."""
         if torch.is_grad_enabled() and x.requires_grad:
-            output = _Product.apply(x.reshape(-1, self.in_features), self.weight, self.bias)  # type: ignore[no-untyped-call]
-            return output.view(*x.shape[:-1], self.out_features)
+            flat = x.reshape(-1, self.in_features)
+            output = _Product.apply(flat, self.weight, self.bias)  # type: ignore[no-untyped-call]
+            # what is added in place to a view costs copies of the whole gradient on the way back
+            return output if x.dim() == 2 else output.view(*x.shape[:-1], self.out_features)
         return _linear(x, self.weight if self.packed is None else self.packed, self.bias, *_ALONE)
 
 

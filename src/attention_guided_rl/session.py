@@ -130,7 +130,7 @@ class Session:
         most_rows = config.rollout.articles * config.rollout.trajectories
         if config.training.micro_batch_rows is None:
             at_once = rows_at_once(processes.device, row_len, self.model.config.hidden_size, most_rows)
-            self.micro_batch = RowLimit(at_once, row_len, forward_alone=4)
+            self.micro_batch = RowLimit(at_once, row_len, forward_rows=4 * at_once)
         else:
             self.micro_batch = RowLimit(config.training.micro_batch_rows, row_len)
         self.rollout_batch = RowLimit(ALL_ROWS, row_len)
@@ -151,10 +151,9 @@ class Session:
     def agree_on_rows(self) -> None:
         """Let all processes take as few rows at once as the one with the least memory."""
         limits = (self.micro_batch, self.rollout_batch)
-        own = torch.tensor([[limit.rows for limit in limits]], device=self.processes.device)
+        own = torch.tensor([[limit.forward_rows for limit in limits]], device=self.processes.device)
         for limit, rows in zip(limits, self.processes.gather_rows(own).amin(0).tolist(), strict=True):
-            if rows < limit.rows:
-                limit.lower(rows)
+            limit.lower(rows)
 
     def nonfinite_weight(self) -> str | None:
         """Name a weight that is not finite on some process, trained or not; None if all are."""
@@ -225,7 +224,7 @@ class Session:
         """Score so many rows, fewer at a time where memory runs out. Not in an update, where processes must agree."""
 
         def watched() -> Result:
-            with self.micro_batch.watch("scoring", num_rows, forward_alone=True):
+            with self.micro_batch.watch("scoring", num_rows, forward=True):
                 return work()
 
         return self.micro_batch.fit(num_rows, watched)

@@ -163,7 +163,7 @@ def learn(session: Session, optimizer: torch.optim.Optimizer, reading: Reading, 
 def _learn(session: Session, optimizer: torch.optim.Optimizer, reading: Reading, state: RunState) -> Learned:
     config, processes, group = session.config, session.processes, session.config.rollout.trajectories
     q0 = session.counterfactual_uniforms(Purpose.COUNTERFACTUAL, state.update, reading.indices, group)
-    with processes.meeting(), session.micro_batch.watch("scoring", reading.rows.num_rows, forward_alone=True):
+    with processes.meeting(), session.micro_batch.watch("scoring", reading.rows.num_rows, forward=True):
         paid = session.pay(reading.rows, reading.pool, q0)
         own_kl = None if config.objective.kl.place == "loss" else session.kl_of_queries(paid)
     rewards = control_rewards(session, processes.gather_rows(paid.rewards.rewards), state.update)
