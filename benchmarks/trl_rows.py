@@ -11,8 +11,8 @@ ids, which of them the model wrote (`env_mask`), and any further columns, which 
 
 TRL's advantage is one number a trajectory and its KL a sampled estimate (k3): less work than the package's loss, and
 another gradient; so queries, picks and rewards are checked, and gradients are not. The weights are shared with the
-package's session. TRL reads "reference = adapter off" from a model without an adapter called "ref", which it adds only when it is
-made with beta > 0: beta is set right after.
+package's session. TRL reads "reference = adapter off" from a model without an adapter called "ref", which it adds only
+when it is made with beta > 0: beta is set right after.
 """
 
 import importlib.util
