@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 LAYERS = [
     layer.split()
     for layer in """
-    errors records randomness selection statistics secrets caching adapter plain_data
+    errors records randomness selection statistics secrets caching onednn plain_data
         confined screen data.wikitext data.plain_text report report.log_lines report.verdict report.audit
+    adapter
     config model memory peers guard reward storage interruption tables data.corpus data.text_files report.trajectories
         report.tables summary verification.reading
     config_files distributed rl_agent environment template loading tracking network data.hygiene data.encyclopedia
