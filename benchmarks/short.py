@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> Report:
         add_start(report, options.repeats)
     sizes = Sizes(num_pairs=3, trajectories=2, query_len=2, key_len=3, value_len=4) if options.toy else Sizes()
     for name in wanted:
+        case = None  # or the last model would count as there before this one
         release_memory()
         reset_peak(CPU)
         before = peak_bytes(CPU) or 0

@@ -130,7 +130,8 @@ class Session:
         most_rows = config.rollout.articles * config.rollout.trajectories
         if config.training.micro_batch_rows is None:
             at_once = rows_at_once(processes.device, row_len, self.model.config.hidden_size, most_rows)
-            self.micro_batch = RowLimit(at_once, row_len, forward_rows=4 * at_once)
+            more = 4 if processes.device.type == "cpu" else 1  # a GPU takes all rows as it is
+            self.micro_batch = RowLimit(at_once, row_len, forward_rows=more * at_once)
         else:
             self.micro_batch = RowLimit(config.training.micro_batch_rows, row_len)
         self.rollout_batch = RowLimit(ALL_ROWS, row_len)
