@@ -107,8 +107,10 @@ def outputs(step: Step, steps: slice = slice(None)) -> Outputs:
     return rows.query_slots()[0][:, steps], rows.picks[:, steps], step.paid.rewards.rewards[:, steps]
 
 
-def check(name: str, ours: Outputs, theirs: Outputs) -> None:
+def check(name: str, ours: Outputs, theirs: Outputs) -> int:
     """Raise OutputsDifferError unless a variant's queries, picks and rewards (to TOLERANCE) are ours.
+
+    Returns how many rows rounding led another way.
 
     Rounding moves the border between two tokens, and now and then a draw falls in between (3 of 5,120 of the 30 M
     model): a row may differ from a query on whose first other token is the next id or the one before, two rows or one
@@ -135,6 +137,7 @@ def check(name: str, ours: Outputs, theirs: Outputs) -> None:
             f"{name}: {differing} rows of {rows} differ, {int((picks != other_picks).any(1).sum())} in their picks, "
             f"{bordering} more from a border on; rewards by {float(difference.max()):.2g}"
         )
+    return bordering
 
 
 def check_gradient(case: Case, pool: PairPool, batch_rows: int) -> None:

@@ -148,8 +148,8 @@ EVERYTHING = {"picks": [(1, 1, 1)], "rewards": [(1, 1, 9.0)]}
 
 
 def test_a_comparator_may_round_and_draw_on_the_other_side_of_a_border():
-    check("same", OURS, other(rewards=[(1, 0, 1.0005)]))
-    check("next id", OURS, other([(1, 1, 0, 27), (1, 1, 1, 55)], **EVERYTHING))
+    assert check("same", OURS, other(rewards=[(1, 0, 1.0005)])) == 0
+    assert check("next id", OURS, other([(1, 1, 0, 27), (1, 1, 1, 55)], **EVERYTHING)) == 1
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class RowLimit:
     def fit(self, num_rows: int, work: Callable[[], Result]) -> Result:
         """Do work on so many rows, and each time that it raises MemoryLimitError do it again with fewer at once.
 
-        Fewer are no more forwards at once than backwards, where they were more; then half.
+        First no more rows where nothing is kept to go back than where it is; then half as many each time.
         Work that has collectives in it must raise on all processes if it does on one (`Processes.meeting`).
 
         Raises:
