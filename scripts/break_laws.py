@@ -75,6 +75,20 @@ MUTATIONS = (
         "weights packed without their adapter", "test_onednn: packs or update",
         ("adapter.py", 'pack(weight)) if isinstance(base', 'pack(base.weight)) if isinstance(base'),
     ),
+    # a device that is not the CPU
+    mistake(
+        "random numbers left on the CPU", "test_second_device: counterfactual",
+        ("session.py", "return numbers.to(self.model.device)", "return numbers"),
+    ),
+    mistake(
+        "a wait for the device at every text", "test_second_device: waits",
+        ("model.py", "in zip(ids.cpu(), real.cpu(), strict=True)", "in zip(ids, real, strict=True)"),
+    ),
+    mistake(
+        "a wait for the device at every token", "test_second_device: waits",
+        ("rollouts.py", "self._model.extend(self.cache, ids, self.role, self.padded)",
+         "self._model.extend(self.cache, ids, self.role)"),
+    ),
     # mistakes that earlier attempts at the method made, or nearly
     mistake(
         "shift off by one", "law_01",

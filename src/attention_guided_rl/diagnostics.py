@@ -117,13 +117,8 @@ def _query_metrics(session: Session, rows: TrajectoryBatch) -> dict[str, Any]:
     processes = session.processes
     ids, real = rows.query_slots()
     value_ids, value_real = rows.value_slots()
-    blank = torch.tensor(
-        [
-            not session.model.decode(q[m].tolist()).strip()
-            for q, m in zip(ids.flatten(0, 1), real.flatten(0, 1), strict=True)
-        ],
-        device=ids.device,
-    )
+    texts = session.model.decode_rows(ids.flatten(0, 1), real.flatten(0, 1))
+    blank = torch.tensor([not text.strip() for text in texts], device=ids.device)
     overlap = processes.gather_rows(value_overlap(ids, real, value_ids, value_real))
     everything = processes.gather_rows(ids)
     return {

@@ -245,7 +245,7 @@ def queries_are_words(trial: Trial) -> CheckResult:
     allowed = trial.model.query_vocabulary
     ids, real = trial.paid.rows.query_slots()
     masked = int((~allowed[ids[real]]).sum())
-    texts = [trial.model.decode(q[m].tolist()) for q, m in zip(ids.flatten(0, 1), real.flatten(0, 1), strict=True)]
+    texts = trial.model.decode_rows(ids.flatten(0, 1), real.flatten(0, 1))
     blank = sum(not text.strip() for text in texts)
     return CheckResult(
         "queries are real tokens",

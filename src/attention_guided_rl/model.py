@@ -217,6 +217,10 @@ class LanguageModel:
         """Return the text of ids, for display and for text embedders only."""
         return decode_ids(self.tokenizer, ids)
 
+    def decode_rows(self, ids: Int[Tensor, "M T"], real: Bool[Tensor, "M T"]) -> list[str]:
+        """Return the text of each row's real tokens; a GPU is waited for once, not at every row."""
+        return [self.decode(row[kept].tolist()) for row, kept in zip(ids.cpu(), real.cpu(), strict=True)]
+
     def decode_tokens(self, ids: list[int]) -> list[str]:
         """Return the text of each id, cut so that the pieces join to `decode(ids)`.
 

@@ -181,9 +181,12 @@ class Session:
         )
 
     def uniforms(self, purpose: Purpose, update: int, indices: range, trajectories: int) -> Tensor:
-        """Return the uniform numbers of these articles' rows, (B, S, Q+1)."""
+        """Return the uniform numbers of these articles' rows, (B, S, Q+1), where the model is."""
         c = self.config
-        return uniforms(c.training.seed, purpose, update, indices, trajectories, self.num_steps, c.rollout.query_tokens)
+        numbers = uniforms(
+            c.training.seed, purpose, update, indices, trajectories, self.num_steps, c.rollout.query_tokens
+        )
+        return numbers.to(self.model.device)
 
     @torch.no_grad()
     def environment(self, pool: PairPool, trajectories: int) -> ReadingEnvironment:

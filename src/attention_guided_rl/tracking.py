@@ -196,7 +196,6 @@ def trajectory_records(
     records = []
     for b in range(rows.num_rows):
         a, g = divmod(b, group)
-        queries = [model.decode(q[m].tolist()) for q, m in zip(query_ids[b], real[b], strict=True)]
         records.append(
             {
                 "schema": 1,
@@ -208,7 +207,7 @@ def trajectory_records(
                 "ids": ids[b],
                 "role": role[b],
                 "step": step[b],
-                "queries": queries,
+                "queries": model.decode_rows(query_ids[b], real[b]),
                 **{name: column[b] for name, column in columns.items()},
                 "probes": pool.probe_pair_ids[a],
                 "kept": True if kept is None else bool(kept[b]),
@@ -219,7 +218,7 @@ def trajectory_records(
 
 def pair_records(pool: PairPool, prior: Tensor, model: LanguageModel) -> list[dict[str, Any]]:
     """Return one JSON-ready record per pool pair and probe."""
-    records = []
+    pool, prior, records = pool.to(torch.device("cpu")), prior.cpu(), []
     for a, article in enumerate(pool.articles):
         for probe, count in ((False, len(pool.pair_ids[a])), (True, len(pool.probe_pair_ids[a]))):
             prefix = "probe_" if probe else ""

@@ -239,14 +239,13 @@ def _signs(rows: TrajectoryBatch) -> Float[Tensor, "B S"]:
 
 @contextlib.contextmanager
 def _moved(session: Session) -> Iterator[None]:
-    device, seed = session.model.device, int(generator(session.config.training.seed, Purpose.CONTROL).integers(2**62))
+    seed = int(generator(session.config.training.seed, Purpose.CONTROL).integers(2**62))
     with _put_back(session):
-        noise = torch.Generator(device).manual_seed(seed)
+        noise = torch.Generator().manual_seed(seed)  # the CPU's: the same move on any device
         with torch.no_grad():
             for parameter in session.model.named_trainable().values():
                 size = MOVE * (float(parameter.float().square().mean().sqrt()) or 1.0)
-                step = size * torch.randn(parameter.shape, generator=noise, device=device)
-                parameter.add_(step.to(parameter.dtype))
+                parameter.add_((size * torch.randn(parameter.shape, generator=noise)).to(parameter))
         yield
 
 

@@ -27,7 +27,7 @@ class AttentionEmbedder:
     def embed_queries(self, ids: Int[Tensor, "B Q"], mask: Bool[Tensor, "B Q"]) -> Float[Tensor, "B H D"]:
         """Embed queries by the query projection; whitespace gives the zero vector."""
         queries, _, keep = self._project(ids, mask)
-        blank = [not self._text(row, real).strip() for row, real in zip(ids, mask, strict=True)]
+        blank = [not text.strip() for text in self._model.decode_rows(ids, mask)]
         mean = _masked_mean(queries, keep)
         return mean.masked_fill(torch.tensor(blank, device=ids.device)[:, None, None], 0.0)
 
@@ -35,9 +35,6 @@ class AttentionEmbedder:
         """Embed keys by the key projection."""
         _, keys, keep = self._project(ids, mask)
         return _masked_mean(keys, keep)
-
-    def _text(self, ids: Tensor, mask: Tensor) -> str:
-        return self._model.decode(ids[mask].tolist())
 
     def _project(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bos = self._model.tokenizer.bos_token_id
