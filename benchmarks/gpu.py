@@ -22,18 +22,20 @@ from measure import COMPARED, compared_row, limits_row, memory_table, micro_batc
 from ours import Step, next_pool, our_step, warm_up
 from tables import OUT, Report, spread
 
-from attention_guided_rl.memory import peak_bytes, reset_peak
+from attention_guided_rl.errors import MemoryLimitError
+from attention_guided_rl.memory import out_of_memory, peak_bytes, reset_peak
 
 MAX_ARTICLES = 256
 
 
 def fits(case: Case) -> bool:
-    """Return whether a whole step fits the memory."""
+    """Return whether a whole step fits the memory, all rows written at once."""
     try:
-        our_step(case, next_pool(case), case.uniforms(10**6), phases=False)
-    except torch.cuda.OutOfMemoryError:
+        with out_of_memory("trying a size"):
+            our_step(case, next_pool(case), case.uniforms(10**6), phases=False)
+    except MemoryLimitError:
         return False
-    return True
+    return case.session.rollout_batch.lowered_to is None
 
 
 def open_case(name: str, sizes: Sizes, folder: Path) -> Case:

@@ -77,15 +77,15 @@ MUTATIONS = (
     ),
     # a device that is not the CPU
     mistake(
-        "random numbers left on the CPU", "test_second_device: counterfactual",
+        "random numbers left on the CPU", "test_device: counterfactual",
         ("session.py", "return numbers.to(self.model.device)", "return numbers"),
     ),
     mistake(
-        "a wait for the device at every text", "test_second_device: waits",
+        "a synchronisation at every text", "test_device: synchronises",
         ("model.py", "in zip(ids.cpu(), real.cpu(), strict=True)", "in zip(ids, real, strict=True)"),
     ),
     mistake(
-        "a wait for the device at every token", "test_second_device: waits",
+        "a synchronisation at every token", "test_device: synchronises",
         ("rollouts.py", "self._model.extend(self.cache, ids, self.role, self.padded)",
          "self._model.extend(self.cache, ids, self.role)"),
     ),

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu
 import growth
@@ -38,6 +39,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attention_guided_rl import onednn
 from attention_guided_rl.adapter import InPlaceLinear
+from attention_guided_rl.errors import MemoryLimitError
+from attention_guided_rl.memory import RowLimit
 from attention_guided_rl.onednn import OneDnnLinear
 
 SHAPE = Shape(layers=2, hidden=4, heads=2, kv_heads=1, head_dim=3, intermediate=5, vocabulary=7, lora_rank=1)
@@ -215,3 +218,26 @@ def test_the_smallest_setting_runs(benchmark, options, holds, tmp_path: Path):
     (markdown,), (numbers,) = tmp_path.glob("*.md"), tmp_path.glob("*.json")
     assert all(title in markdown.read_text(encoding="utf-8") for title, _, _ in report.tables)
     assert json.loads(numbers.read_text(encoding="utf-8"))[holds]
+
+
+@pytest.mark.parametrize("how", ["in the rollout", "in the scoring", "in the update"])
+def test_the_largest_size_on_a_gpu_is_the_last_that_fitted_as_a_whole(monkeypatch, tmp_path, how):
+    """However memory runs out above 32 articles: a rollout that was divided did not fit either."""
+
+    def our_step(case, pool, uniforms, *, phases):
+        if case.articles <= 32:
+            return
+        if how == "in the scoring":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if how == "in the update":
+            raise MemoryLimitError("out of memory while learning")
+        case.session.rollout_batch.lower(8)
+
+    def open_case(name, sizes, folder):
+        session = SimpleNamespace(rollout_batch=RowLimit(10**6, row_len=10))
+        return SimpleNamespace(articles=sizes.articles, session=session, uniforms=lambda repeat: None)
+
+    monkeypatch.setattr(gpu, "our_step", our_step)
+    monkeypatch.setattr(gpu, "open_case", open_case)
+    monkeypatch.setattr(gpu, "next_pool", lambda case: None)
+    assert gpu.most_articles("toy", {}, tmp_path) == 32

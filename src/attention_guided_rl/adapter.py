@@ -10,7 +10,6 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional
 
 from attention_guided_rl.onednn import OneDnnLinear, pack
 
@@ -66,6 +65,7 @@ class Fold:
         self._layers: list[Any] = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
         dtype = self._layers[0].get_base_layer().weight.dtype
         self._merges = dtype == torch.float32
+        self._others: list[tuple[Any, str, Any]]
         if self._merges:
             self._others = [self._merged(layer) for layer in self._layers]
             head = peft_model.get_output_embeddings()
@@ -84,7 +84,7 @@ class Fold:
         for layer in self._layers if self._merges else ():
             layer.merged_adapters = [] if layer.merged else [self._adapter]
 
-    def _held(self, layer: InPlaceLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _held(self, layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return a layer's Aᵀ and Bᵀ in the weights' precision."""
         down, up = (part[self._adapter].weight.data.to(dtype).t() for part in (layer.lora_A, layer.lora_B))
         return down, up

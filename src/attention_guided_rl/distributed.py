@@ -18,6 +18,7 @@ from torch import Tensor, distributed
 
 from attention_guided_rl import errors
 from attention_guided_rl.errors import AgrlError, ConfigError
+from attention_guided_rl.memory import ran_out
 from attention_guided_rl.peers import Peers
 
 MEETING_INTERVAL = 0.002  # seconds between looks at who has come
@@ -30,11 +31,14 @@ class Processes:
     def __init__(self, device: str = "auto") -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("training.device: cuda asked for, but PyTorch sees no GPU")
+        on_gpu = device != "cpu" and torch.cuda.is_available()
         try:
-            self._state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+            self._state = PartialState(cpu=not on_gpu)
         except ValueError as error:  # what torchrun sets and a person may have set half of
             raise ConfigError(f"the environment's RANK, WORLD_SIZE, MASTER_ADDR …: {error}") from None
         self.device: torch.device = self._state.device
+        if self.count == 1:  # all objects of this process share the state, with the device of the first
+            self.device = torch.device("cuda" if on_gpu else "cpu")
         self._meetings = 0
         self._peers: Peers | None = None
         if self.count > 1:
@@ -177,7 +181,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            if self._peers is None:
+            if self._peers is None or ran_out(error):
                 raise
             raise self._peers.lost(str(error).split("\n")[0][:100]) from error
 

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _CPU_NUMBERS = 2**18
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # RuntimeErrors
 _PROCESS = Path("/proc/self")  # Linux: a peak that can be set back
 
 
@@ -125,7 +126,8 @@ def out_of_memory(doing: str) -> Iterator[None]:
 
 def ran_out(error: BaseException) -> bool:
     """Return whether this is how a GPU, PyTorch on a CPU, or Python says that there is no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in said for words in _NO_MEMORY)
 
 
 def total_bytes(device: torch.device) -> int | None:

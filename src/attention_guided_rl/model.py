@@ -218,7 +218,7 @@ class LanguageModel:
         return decode_ids(self.tokenizer, ids)
 
     def decode_rows(self, ids: Int[Tensor, "M T"], real: Bool[Tensor, "M T"]) -> list[str]:
-        """Return the text of each row's real tokens; a GPU is waited for once, not at every row."""
+        """Return the text of each row's real tokens, read back from a GPU in two transfers and not row by row."""
         return [self.decode(row[kept].tolist()) for row, kept in zip(ids.cpu(), real.cpu(), strict=True)]
 
     def decode_tokens(self, ids: list[int]) -> list[str]:

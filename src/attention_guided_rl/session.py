@@ -181,7 +181,7 @@ class Session:
         )
 
     def uniforms(self, purpose: Purpose, update: int, indices: range, trajectories: int) -> Tensor:
-        """Return the uniform numbers of these articles' rows, (B, S, Q+1), where the model is."""
+        """Return the uniform numbers of these articles' rows, (B, S, Q+1), on the model's device."""
         c = self.config
         numbers = uniforms(
             c.training.seed, purpose, update, indices, trajectories, self.num_steps, c.rollout.query_tokens

@@ -193,6 +193,8 @@ def trajectory_records(
     }
     if scores.counterfactual_ids is not None:
         columns["counterfactual_queries"] = scores.counterfactual_ids.tolist()
+    texts = model.decode_rows(query_ids.flatten(0, 1), real.flatten(0, 1))
+    all_kept = [True] * rows.num_rows if kept is None else kept.tolist()
     records = []
     for b in range(rows.num_rows):
         a, g = divmod(b, group)
@@ -207,10 +209,10 @@ def trajectory_records(
                 "ids": ids[b],
                 "role": role[b],
                 "step": step[b],
-                "queries": model.decode_rows(query_ids[b], real[b]),
+                "queries": texts[b * rows.num_steps : (b + 1) * rows.num_steps],
                 **{name: column[b] for name, column in columns.items()},
                 "probes": pool.probe_pair_ids[a],
-                "kept": True if kept is None else bool(kept[b]),
+                "kept": all_kept[b],
             }
         )
     return records
