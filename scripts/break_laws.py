@@ -51,7 +51,7 @@ MUTATIONS = (
     # the adapter
     mistake(
         "adapter not scaled", "test_model: in_place",
-        ("adapter.py", "(flat), down) * self.scaling[name]", "(flat), down)"),
+        ("adapter.py", "up, alpha=self.scaling[name])", "up)"),
     ),
     mistake(
         "adapter's dropout left out", "test_model: drops",

@@ -24,6 +24,7 @@ from device_runs import (
 from attention_guided_rl.config import Config
 from attention_guided_rl.config_files import load_config
 from attention_guided_rl.distributed import Processes
+from attention_guided_rl.errors import ConfigError
 
 TIMEOUT = 120  # seconds for one answer
 EVALUATED = {"training.updates": 2, "evaluation.articles": 2, "evaluation.oracle": True}
@@ -122,5 +123,14 @@ def test_each_run_of_a_process_is_where_its_configuration_says(monkeypatch):
     """Accelerate keeps one state for a process, with the device of the first run."""
     assert Processes("cpu").device == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert Processes("auto").device == Processes("cuda").device == torch.device("cuda")
     assert Processes("cpu").device == torch.device("cpu")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="there are 2; lower --nproc-per-node"):
+        Processes("auto")

@@ -404,6 +404,13 @@ def test_every_way_of_saying_so_is_understood(error):
     assert not ran_out(caught.value)
 
 
+def test_memory_that_runs_out_in_a_collective_is_no_lost_process(monkeypatch):
+    processes = Processes("cpu")
+    monkeypatch.setattr(processes, "_peers", object())  # it would be asked who has gone
+    with pytest.raises(torch.OutOfMemoryError), processes._collective():
+        no_memory()
+
+
 def test_elsewhere_it_is_one_line_and_its_exit_code(monkeypatch, capsys):
     monkeypatch.setattr(runs, "open_untrained", no_memory)
     assert cli.main(["doctor"]) == 10

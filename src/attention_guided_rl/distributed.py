@@ -6,6 +6,7 @@ the global list: the same numbers in the same order for 1, 2 or 4 processes.
 
 import atexit
 import contextlib
+import os
 import time
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -33,6 +34,8 @@ class Processes:
             raise ConfigError("training.device: cuda asked for, but PyTorch sees no GPU")
         on_gpu = device != "cpu" and torch.cuda.is_available()
         try:
+            if on_gpu and int(os.environ.get("LOCAL_RANK", "0")) >= (gpus := torch.cuda.device_count()):
+                raise ConfigError(f"each process needs a GPU of its own, and there are {gpus}; lower --nproc-per-node")
             self._state = PartialState(cpu=not on_gpu)
         except ValueError as error:  # what torchrun sets and a person may have set half of
             raise ConfigError(f"the environment's RANK, WORLD_SIZE, MASTER_ADDR …: {error}") from None
