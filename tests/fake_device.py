@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils import backend_registration
 
 from attention_guided_rl.distributed import Processes
 
 aten = torch.ops.aten
+SET_UP = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)  # None: an older PyTorch
 SYNCHRONISATIONS: list[str] = []
 
 _BETWEEN_DEVICES = {aten._to_copy.default, aten.copy_.default}
@@ -74,7 +75,7 @@ class FakeTensor(torch.Tensor):
 def begin() -> None:
     """Make the device, and let every run of this process work on it."""
     torch.set_num_threads(1)
-    _setup_privateuseone_for_python_backend("fake")
+    SET_UP("fake")
     torch.__future__.set_swap_module_params_on_conversion(True)  # tied weights stay tied
     for name, function in {"empty.memory_format": _empty, "empty_strided": _empty, "_copy_from": _copy}.items():
         LIBRARY.impl(name, function, "PrivateUse1")
