@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 
@@ -87,7 +87,7 @@ def begin() -> None:
         setattr(Processes, name, _refusing_the_cpu(getattr(Processes, name)))
 
 
-LIBRARY = torch.library.Library("aten", "IMPL")
+LIBRARY = library.Library("aten", "IMPL")
 
 
 def _refusing_the_cpu(collective: Callable[..., Any]) -> Callable[..., Any]:
