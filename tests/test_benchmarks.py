@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import gpu
 import growth
+import host
 import long
 import pytest
 import short
@@ -210,8 +211,9 @@ def test_comparators_compute_with_the_libraries_own_layers(tmp_path: Path, monke
         (long, ["--toy"], "toy"),
         (gpu, ["--cpu-toy"], "toy"),
         (growth, ["--toy", "--only", "S", "corpus"], "corpus"),
+        (host, ["--layers", "2"], "host"),
     ],
-    ids=["short", "long", "gpu", "growth"],
+    ids=["short", "long", "gpu", "growth", "host"],
 )
 def test_the_smallest_setting_runs(benchmark, options, holds, tmp_path: Path):
     report = benchmark.main([*options, "--repeats", "1", "--out", str(tmp_path)])

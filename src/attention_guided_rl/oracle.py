@@ -79,7 +79,7 @@ class _Beam:
         self._width, self._num_articles = width, pool.num_articles
         self._article = torch.arange(pool.num_articles, device=prior.device).repeat_interleave(width)
         self._desk = _Desk(session, pool.take(self._article), prior[self._article])
-        self._q0 = None if q0 is None else q0.to(prior.device)[self._article]
+        self._q0 = None if q0 is None else q0[self._article]
         self._total = torch.full((pool.num_articles, width), -torch.inf, device=prior.device)
         self._total[:, 0] = 0.0
         self._picks = torch.zeros(len(self._article), 0, dtype=torch.long, device=prior.device)

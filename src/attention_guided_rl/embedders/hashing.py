@@ -20,7 +20,7 @@ class HashingEmbedder:
     depends_on_policy = False
 
     def __init__(self, config: EmbedderConfig, model: LanguageModel) -> None:
-        self._dimensions, self._decode = config.dimensions or 4096, model.decode
+        self._dimensions, self._decode_rows = config.dimensions or 4096, model.decode_rows
         self.identity = f"hashing/words/{self._dimensions}/unit"
 
     def embed_queries(self, ids: Int[Tensor, "B Q"], mask: Bool[Tensor, "B Q"]) -> Float[Tensor, "B 1 D"]:
@@ -33,8 +33,7 @@ class HashingEmbedder:
 
     def _embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         rows, columns, signs = [], [], []
-        for row, (tokens, real) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
-            text = self._decode([token for token, keep in zip(tokens, real, strict=True) if keep])
+        for row, text in enumerate(self._decode_rows(ids, mask)):
             for word in _WORD.findall(text.lower()):
                 number, sign = _place(word)
                 rows.append(row)

@@ -13,19 +13,21 @@ def print_trajectory(console: Console, session: Session, paid: PaidRows, pool: P
     rows, model = paid.rows, session.model
     article = row // (rows.num_rows // pool.num_articles)
     query_ids, real = rows.query_slots()
+    queries = model.decode_rows(query_ids[row], real[row])
+    keys = model.decode_rows(pool.key_ids[article], pool.key_mask[article])
+    values = model.decode_rows(pool.value_ids[article], pool.value_mask[article])
     console.print(Text(visible(pool.articles[article].title), style="bold"))
     for step in range(rows.num_steps):
-        query = model.decode(query_ids[row, step][real[row, step]].tolist())
         logprobs = rows.selection_logprobs[row, step]
         pick = int(rows.picks[row, step])
-        console.print(Text(f"step {step + 1:2d}  query  {visible(query)}", style="cyan"))
+        console.print(Text(f"step {step + 1:2d}  query  {visible(queries[step])}", style="cyan"))
         best = logprobs.topk(min(3, int((logprobs > float("-inf")).sum()))).indices.tolist()
         for j in best if pick in best else [*best, pick]:
-            key = model.decode(pool.key_ids[article, j][pool.key_mask[article, j]].tolist())
             mark = "→" if j == pick else " "
-            console.print(Text(f"       {mark} {float(logprobs[j].exp()):5.2f}  {visible(key)}"))
-        value = model.decode(pool.value_ids[article, pick][pool.value_mask[article, pick]].tolist())
+            console.print(Text(f"       {mark} {float(logprobs[j].exp()):5.2f}  {visible(keys[j])}"))
         gain = float(paid.rewards.rewards[row, step])
-        console.print(Text(f"         read  {visible(value)}   {gain:+.2f}", style="green" if gain > 0 else "red"))
+        console.print(
+            Text(f"         read  {visible(values[pick])}   {gain:+.2f}", style="green" if gain > 0 else "red")
+        )
     mean = float(paid.rewards.rewards[row].mean())
     console.print(Text(f"reward {mean:+.3f} nats per value token", style="bold"))
